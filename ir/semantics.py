@@ -1,0 +1,49 @@
+"""What a router and an activation compute: plain data shared by frontend, IR attributes, kernels and reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Score = Literal["softmax", "sigmoid"]
+GroupScore = Literal["max", "top2_sum"]
+ActivationKind = Literal["silu_glu", "gelu_glu", "clamped_swiglu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """From logits [tokens, experts] (fp32) to expert ids and weights [tokens, top_k] (int32, fp32).
+
+    1. scores = score(logits) over all experts; with `select_first`, the top-k of the logits is taken first and
+       the score is computed over the k selected logits (gpt-oss, GraniteMoE), which ends the procedure but for 5.
+    2. selection scores = scores (+ correction bias if `selection_bias`; the bias never enters the weights).
+    3. with `groups` > 1 only experts of the best `top_groups` groups stay selectable; a group's score is the
+       maximum (DeepSeek-V2) or the sum of the two largest (DeepSeek-V3) selection scores in it.
+    4. top-k by selection score, ties to the lower expert id; weights = scores of the selected; with `normalize`
+       divided by max(sum + norm_eps, norm_min).
+    5. weights *= scale.
+    """
+
+    score: Score = "softmax"
+    select_first: bool = False
+    selection_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    group_score: GroupScore = "max"
+    normalize: bool = False
+    norm_eps: float = 0.0
+    norm_min: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """What happens between the two expert GEMMs to gate g and up u.
+
+    silu_glu: silu(g) * u.  gelu_glu: gelu(g, exact) * u.
+    clamped_swiglu (gpt-oss): g = min(g, limit), u = clamp(u, -limit, limit), (u + 1) * g * sigmoid(alpha * g).
+    """
+
+    kind: ActivationKind = "silu_glu"
+    alpha: float = 1.702
+    limit: float = 7.0
