@@ -105,13 +105,15 @@ def _check_router(op: Op, experts: int) -> None:
 class Attention(Op, mnemonic="attn.opaque"):
     """Attention with its norms, known by its cost alone: the residual stream, and its norm that enters the FFN.
 
-    `flops_per_token` at a context of `context` tokens, `weight_bytes` and `kv_bytes_per_token` of this layer.
+    A token costs `flops_per_token` in projections and `flops_per_context_token` for each token it attends to,
+    at most `context` of them.
     """
 
     x = operand(TokensType)
     stream = result()
     normed = result()
     flops_per_token = attr(float, min=0)
+    flops_per_context_token = attr(float, min=0)
     weight_bytes = attr(int, min=0)
     kv_bytes_per_token = attr(int, min=0)
     context = attr(int, min=0)
@@ -126,7 +128,7 @@ class DenseMlp(Op, mnemonic="dense.mlp"):
     x = operand(TokensType)
     gate_up = operand(WeightsType)
     down = operand(WeightsType)
-    y = result()
+    dense = result()
 
     def infer(self) -> tuple[Type]:
         _same(self, "hidden sizes", _tokens(self).hidden, _weights(self, "gate_up", 2).shape[1])
@@ -178,7 +180,7 @@ class Split(Op, mnemonic="tensor.split"):
 class AllToAll(Op, mnemonic="comm.all_to_all"):
     """Tokens to the distinct devices of their experts, or partial sums of those devices back home.
 
-    `dispatch` also delivers the routing, in which only a device's own experts count; `fan_out` and
+    `dispatch` also delivers the routing, in which only the `slots` experts of a device count; `fan_out` and
     `node_fan_out` are the mean numbers of distinct devices and nodes a token reaches.
     """
 
@@ -188,6 +190,7 @@ class AllToAll(Op, mnemonic="comm.all_to_all"):
     local_routing = optional_result()
     direction = attr(str, one_of=("dispatch", "combine"))
     devices = attr(int, min=2)
+    slots = attr(int, min=1)
     fan_out = attr(float, min=0)
     node_fan_out = attr(float, min=0)
 
@@ -196,11 +199,11 @@ class AllToAll(Op, mnemonic="comm.all_to_all"):
         if self.direction == "combine":
             return TokensType(home.tokens, _tokens(self).hidden, _tokens(self).dtype), None
         _same(self, "token counts", _tokens(self).rows, home.tokens)
-        spread = Fraction(self.fan_out).limit_denominator(64)
+        spread = max(Fraction(self.fan_out).limit_denominator(64), Fraction(1))
         rows = home.tokens.times(spread)
         return (
             TokensType(rows, _tokens(self).hidden, _tokens(self).dtype),
-            RoutingType(rows, home.top_k / spread, home.experts),
+            RoutingType(rows, home.top_k / spread, self.slots),
         )
 
 
@@ -208,7 +211,7 @@ class AllGather(Op, mnemonic="comm.all_gather"):
     """Makes the context coherent for `migrate`: every device learns the new KV entries of all tokens."""
 
     x = operand(TokensType)
-    y = result()
+    gathered = result()
     devices = attr(int, min=2)
     bytes_per_token = attr(int, min=0)
 
@@ -250,7 +253,7 @@ class Experts(ActivationFields, Op, mnemonic="moe.experts"):
     down = operand(WeightsType)
     gate_up_bias = optional(WeightsType)
     down_bias = optional(WeightsType)
-    y = result()
+    outputs = result()
 
     def infer(self) -> tuple[Type]:
         rows, experts = _tokens(self, "rows"), _routing(self).experts
@@ -265,7 +268,7 @@ class Combine(Op, mnemonic="moe.combine"):
 
     rows = operand(TokensType)
     routing = operand(RoutingType)
-    y = result()
+    combined = result()
 
     def infer(self) -> tuple[Type]:
         rows, routing = _tokens(self, "rows"), _routing(self)
@@ -279,7 +282,7 @@ class SharedExpert(ActivationFields, Op, mnemonic="moe.shared_expert"):
     x = operand(TokensType)
     gate_up = operand(WeightsType)
     down = operand(WeightsType)
-    y = result()
+    shared = result()
 
     def infer(self) -> tuple[Type]:
         count, two_intermediate, hidden = _weights(self, "gate_up", 3).shape
@@ -292,7 +295,7 @@ class Residual(Op, mnemonic="moe.residual"):
     """The sum of its parts."""
 
     parts = operands(TokensType)
-    y = result()
+    total = result()
 
     def infer(self) -> tuple[Type]:
         if not self.parts:
@@ -306,7 +309,7 @@ class Concat(Op, mnemonic="tensor.concat"):
     """Puts chunks back together, in order."""
 
     parts = operands(TokensType)
-    y = result()
+    whole = result()
 
     def infer(self) -> tuple[Type]:
         if not self.parts:
@@ -373,7 +376,7 @@ class DownCombine(Op, mnemonic="moe.down_combine"):
     routing = operand(RoutingType)
     down = operand(WeightsType)
     down_bias = optional(WeightsType)
-    y = result()
+    combined = result()
 
     def infer(self) -> tuple[Type]:
         rows, routing = _tokens(self, "rows"), _routing(self)
@@ -395,12 +398,12 @@ class Alloc(Op, mnemonic="buffer.alloc"):
 
 
 class Launch(Op, mnemonic="kernel.launch"):
-    """One kernel launch: reads values, fills buffers."""
+    """One kernel launch: reads values, fills buffers. `suffix` tells the kernel set of the function: its own is ""."""
 
     reads = operands(TokensType, TensorType, WeightsType, RoutingType, PlanType)
     writes = operands(TokensType, TensorType, RoutingType, PlanType)
     kernel = attr(str)
-    parameters = attr(dict)
+    suffix = attr(str, default="")
 
     def infer(self) -> tuple[Type, ...]:
         return ()

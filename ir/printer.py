@@ -14,7 +14,11 @@ INDENT = "  "
 
 def print_module(module: Module) -> str:
     functions = "\n\n".join(print_function(function) for function in module.functions)
-    return f"module @{module.name}{_attributes(module.attributes, '')} {{\n{functions}\n}}\n"
+    lines = [
+        f"{INDENT * 2}{_key(k)} = {print_attribute(v, INDENT * 2)}" for k, v in module.attributes.items()
+    ]
+    attributes = " {\n" + ",\n".join(lines) + f"\n{INDENT}}}" if lines else ""
+    return f"module @{module.name}{attributes} {{\n{functions}\n}}\n"
 
 
 def print_function(function: Function) -> str:
@@ -31,8 +35,8 @@ def _print_op(op: Op, names: dict[Value, str]) -> str:
     operands = ", ".join(
         _operand(op, f.name, f.arity, names) for f in op.operand_fields if f.name in op.operands
     )
-    defaults = {f.name: f.default for f in op.attribute_fields}
-    changed = {name: value for name, value in op.attributes.items() if value != defaults.get(name)}
+    given = ((f.name, op.attributes[f.name], f.default) for f in op.attribute_fields)
+    changed = {name: value for name, value, default in given if value != default}
     results = ", ".join(f"%{names[value]}" for value in op.all_results)
     types = ", ".join(str(value.type) for value in op.all_results)
     left = f"{results} = " if results else ""

@@ -37,7 +37,8 @@ class Routing:
         tokens, layers, k = self.topk_ids.shape
         offsets = np.arange(layers)[None, :, None] * self.num_experts
         counts = np.bincount((self.topk_ids + offsets).ravel(), minlength=layers * self.num_experts)
-        return counts.reshape(layers, self.num_experts) / (tokens * k)
+        loads: NDArray[np.float64] = counts.reshape(layers, self.num_experts) / (tokens * k)
+        return loads
 
     def take(self, tokens: NDArray[np.bool_] | NDArray[np.int64]) -> Routing:
         """The routing of some of the tokens (a mask or indices)."""

@@ -1,0 +1,134 @@
+"""What an operation asks of the hardware: from IR to `Work`, as data in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from moecc.hardware.latency import AllGather, AllToAll, Compute, ExpertLayer, Work, latency_us
+from moecc.hardware.spec import Cluster
+from moecc.ir import ops
+from moecc.ir.core import Op, Value
+from moecc.ir.types import DTYPE_BYTES, RoutingType, TokensType, WeightsType
+
+Phase = Literal["decode", "prefill"]
+ATTENTION_LAUNCHES = 6  # norm, qkv, rope, attention, output projection, residual and norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What costs depend on beside the op: tokens of one device in one step, the cluster, and how experts spread.
+
+    imbalance: largest device load / mean, the device that everyone waits for.
+    """
+
+    phase: Phase
+    tokens: int
+    cluster: Cluster
+    top_k: int
+    imbalance: float = 1.0
+
+
+def op_latency_us(op: Op, situation: Situation) -> float:
+    """Predicted time of `op`; 0 for what is fused into its neighbours."""
+    work_of = _WORK.get(type(op))
+    return latency_us(work_of(op, situation), situation.cluster) if work_of else 0.0
+
+
+def stream_of(op: Op) -> str:
+    return "comm" if isinstance(op, (ops.AllToAll, ops.AllGather)) else "compute"
+
+
+def _rows(value: Value, situation: Situation) -> float:
+    return cast(TokensType, value.type).rows.at(situation.tokens)
+
+
+def _weights(value: Value) -> WeightsType:
+    return cast(WeightsType, value.type)
+
+
+def _row_bytes(value: Value) -> int:
+    tokens = cast(TokensType, value.type)
+    return tokens.hidden * DTYPE_BYTES[tokens.dtype]
+
+
+def _attention(op: Any, situation: Situation) -> Work:
+    """Decode reads the context of every token; in prefill a token sees half the step's tokens on average."""
+    rows, decode = _rows(op.x, situation), situation.phase == "decode"
+    context = op.context if decode else min(op.context, situation.tokens / 2)
+    kv_tokens = rows * context if decode else rows
+    return Compute(
+        flops=rows * (op.flops_per_token + op.flops_per_context_token * context),
+        bytes=op.weight_bytes + kv_tokens * op.kv_bytes_per_token + 4 * rows * _row_bytes(op.x),
+        dtype=cast(TokensType, op.x.type).dtype,
+        launches=ATTENTION_LAUNCHES,
+    )
+
+
+def _mlp(op: Any, situation: Situation) -> Work:
+    rows, weights = _rows(op.x, situation), (_weights(op.gate_up), _weights(op.down))
+    parameters = sum(w.bytes / DTYPE_BYTES[w.dtype] for w in weights)
+    return Compute(
+        flops=2 * rows * parameters,
+        bytes=sum(w.bytes for w in weights) + 2 * rows * _row_bytes(op.x),
+        dtype=weights[0].dtype,
+        launches=2,
+    )
+
+
+def _gate(op: Any, situation: Situation) -> Work:
+    rows, weight = _rows(op.x, situation), _weights(op.weight)
+    experts, hidden = weight.shape
+    return Compute(
+        flops=2 * rows * experts * hidden,
+        bytes=weight.bytes + rows * _row_bytes(op.x),
+        dtype=cast(TokensType, op.x.type).dtype,
+    )
+
+
+def _all_to_all(op: Any, situation: Situation) -> Work:
+    return AllToAll(
+        tokens=cast(RoutingType, op.routing.type).tokens.at(situation.tokens),
+        bytes_per_token=_row_bytes(op.x),
+        distinct_devices=op.fan_out,
+        distinct_nodes=op.node_fan_out,
+        top_k=situation.top_k,
+        phase=situation.phase,
+    )
+
+
+def _experts(op: Any, situation: Situation) -> Work:
+    """Rows of the busiest device. Experts are taken to be hit alike: fewer are, where routing is skewed."""
+    routing = cast(RoutingType, op.routing.type)
+    rows = routing.assignments.at(situation.tokens)
+    count, hidden, intermediate = _weights(op.down).shape
+    return ExpertLayer(
+        tokens=routing.tokens.at(situation.tokens),
+        rows=rows * situation.imbalance,
+        experts_active=count * (1 - (1 - 1 / count) ** rows),
+        hidden=hidden,
+        intermediate=intermediate,
+        dtype=_weights(op.down).dtype,
+    )
+
+
+def _residual(op: Any, situation: Situation) -> Work:
+    moved = _rows(op.total, situation) * _row_bytes(op.total) * (len(op.parts) + 1)
+    return Compute(flops=0, bytes=moved, dtype=cast(TokensType, op.total.type).dtype)
+
+
+def _all_gather(op: Any, situation: Situation) -> Work:
+    return AllGather(shard_bytes=_rows(op.x, situation) * op.bytes_per_token)
+
+
+_WORK: Mapping[type[Op], Callable[[Any, Situation], Work]] = {
+    ops.Attention: _attention,
+    ops.DenseMlp: _mlp,
+    ops.Gate: _gate,
+    ops.AllToAll: _all_to_all,
+    ops.AllGather: _all_gather,
+    ops.Experts: _experts,
+    ops.SharedExpert: _mlp,
+    ops.Residual: _residual,
+}

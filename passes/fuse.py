@@ -1,0 +1,184 @@
+"""From operations to kernels: what runs in one launch."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from moecc.ir.core import Function, Module, Op, Value
+from moecc.ir.ops import (
+    ACTIVATION_ATTRIBUTES,
+    Combine,
+    Dispatch,
+    DownCombine,
+    Experts,
+    FusedRouter,
+    Gate,
+    GateUp,
+    Plan,
+    Residual,
+    Route,
+    SharedExpert,
+)
+from moecc.ir.rewriter import Replacement, Rule, rewrite, uses
+from moecc.ir.types import WeightsType
+from moecc.passes.manager import Context
+
+
+def fuse_router(op: Op, function: Function) -> Replacement | None:
+    """Gate and route, where nobody else reads the logits."""
+    if not isinstance(op, Route) or not isinstance(gate := op.logits.op, Gate):
+        return None
+    if len(uses(function, gate.logits)) > 1:
+        return None
+    router = FusedRouter(
+        {**gate.operands, "correction_bias": op.correction_bias}, op.attributes, location=op.location
+    )
+    return Replacement([router], {op.routing: router.routing})
+
+
+def fuse_experts(op: Op, function: Function) -> Replacement | None:
+    """Dispatch gathered inside the gate-up GEMM, the activation in its epilogue, combine after the down GEMM."""
+    if not isinstance(op, Combine) or not isinstance(experts := op.rows.op, Experts):
+        return None
+    if not isinstance(dispatch := experts.rows.op, Dispatch):
+        return None
+    if len(uses(function, experts.outputs)) > 1 or len(uses(function, dispatch.rows)) > 1:
+        return None
+    plan = Plan({"routing": dispatch.routing})
+    activation = {name: experts.attributes[name] for name in ACTIVATION_ATTRIBUTES}
+    gate_up = GateUp(
+        {
+            "x": dispatch.x,
+            "plan": plan.plan,
+            "gate_up": experts.gate_up,
+            "gate_up_bias": experts.gate_up_bias,
+        },
+        activation,
+        location=experts.location,
+    )
+    down = DownCombine(
+        {
+            "rows": gate_up.rows,
+            "plan": plan.plan,
+            "routing": op.routing,
+            "down": experts.down,
+            "down_bias": experts.down_bias,
+        }
+    )
+    return Replacement([plan, gate_up, down], {op.combined: down.combined})
+
+
+def sort_in_router(op: Op, function: Function) -> Replacement | None:
+    """The router plans the tiles itself where its rows stay on the device."""
+    if not isinstance(op, FusedRouter) or op.sort:
+        return None
+    plans = [user for user in uses(function, op.routing) if isinstance(user, Plan)]
+    if not plans:
+        return None
+    router = FusedRouter(op.operands, {**op.attributes, "sort": True})
+    planned = {plan.plan: cast(Value, router.plan) for plan in plans}
+    return Replacement([router], {op.routing: router.routing, **planned})
+
+
+def shared_as_experts(op: Op, function: Function) -> Replacement | None:
+    """Shared experts become experts that every token selects, where `why_apart` has nothing against it."""
+    if not isinstance(op, SharedExpert) or why_apart(op, function) is not None:
+        return None
+    down = _routed_partner(op, function)
+    if down is None:
+        return None
+    gate_up = cast(GateUp, down.rows.op)
+    router = cast(FusedRouter, down.routing.op)
+    shared = cast(WeightsType, op.gate_up.type).shape[0]
+    weights = {
+        "gate_up": _stack(function, gate_up.gate_up, op.gate_up),
+        "down": _stack(function, down.down, op.down),
+    }
+    new_router = FusedRouter(
+        router.operands, {**router.attributes, "shared": shared}, location=router.location
+    )
+    plan = cast(Value, new_router.plan)
+    new_gate_up = GateUp(
+        {"x": gate_up.x, "plan": plan, "gate_up": weights["gate_up"]},
+        gate_up.attributes,
+        location=gate_up.location,
+    )
+    new_down = DownCombine(
+        {"rows": new_gate_up.rows, "plan": plan, "routing": new_router.routing, "down": weights["down"]},
+        location=down.location,
+    )
+    residual = next(user for user in uses(function, op.shared) if isinstance(user, Residual))
+    parts = [new_down.combined if p is down.combined else p for p in residual.parts if p is not op.shared]
+    total = Residual({"parts": parts}, location=residual.location)
+    return Replacement([new_router, new_gate_up, new_down, total], {residual.total: total.total})
+
+
+def why_apart(op: SharedExpert, function: Function) -> str | None:
+    """Why a shared expert keeps kernels of its own, or None if it can be a routed expert."""
+    partner = _routed_partner(op, function)
+    if partner is None:
+        return "its sum does not meet the routed experts' in one residual on this device"
+    gate_up, routing = partner.rows.op, partner.routing.op
+    if not isinstance(gate_up, GateUp) or not isinstance(routing, FusedRouter) or not routing.sort:
+        return "the routed rows leave for other devices"
+    if gate_up.x is not op.x:
+        return "the routed experts run in token chunks"
+    if gate_up.gate_up_bias is not None or partner.down_bias is not None:
+        return "the routed experts have biases"
+    routed, shared = cast(WeightsType, gate_up.gate_up.type), cast(WeightsType, op.gate_up.type)
+    if routed.shape[1:] != shared.shape[1:] or routed.dtype != shared.dtype:
+        return f"its shape {shared} is not that of the routed experts {routed}"
+    if any(op.attributes[name] != gate_up.attributes[name] for name in ACTIVATION_ATTRIBUTES):
+        return "its activation is another"
+    return None
+
+
+def _routed_partner(op: SharedExpert, function: Function) -> DownCombine | None:
+    """The down GEMM whose result is added to the shared expert's."""
+    for user in uses(function, op.shared):
+        if isinstance(user, Residual):
+            partners = [part.op for part in user.parts if isinstance(part.op, DownCombine)]
+            return partners[0] if len(partners) == 1 else None
+    return None
+
+
+def _stack(function: Function, routed: Value, shared: Value) -> Value:
+    """A new argument with the shared experts' weights behind the routed ones, in place of both."""
+    whole, more = cast(WeightsType, routed.type), cast(WeightsType, shared.type)
+    stacked = Value(routed.name, WeightsType((whole.shape[0] + more.shape[0], *whole.shape[1:]), whole.dtype))
+    function.arguments = [stacked if a is routed else a for a in function.arguments if a is not shared]
+    return stacked
+
+
+RULES = (
+    Rule("fuse-router", Route, fuse_router),
+    Rule("fuse-experts", Combine, fuse_experts),
+    Rule("sort-in-router", FusedRouter, sort_in_router),
+)
+SHARED_RULES = (Rule("shared-as-experts", SharedExpert, shared_as_experts),)
+
+
+class Fuse:
+    """Contract: gate and route are one router; dispatch, experts and combine are a gate-up GEMM that gathers its
+    rows and a down GEMM that combines; the router sorts where the rows stay on the device, else a plan stands
+    after the exchange; shared experts are always-selected experts where shapes allow. What stays unfused is
+    listed in the function's attribute `unfused` with the reason.
+
+    Pseudo-code: RULES to a fixed point, then SHARED_RULES, then list what is left.
+    """
+
+    name = "fuse"
+
+    def run(self, module: Module, context: Context) -> None:
+        for function in module.functions:
+            rewrite(function, RULES)
+            rewrite(function, SHARED_RULES)
+            if left := _left_over(function):
+                function.attributes["unfused"] = left
+
+
+def _left_over(function: Function) -> list[str]:
+    left = [f"{op.mnemonic}: its logits have other readers" for op in function.every(Gate)]
+    left += [f"{op.mnemonic}: its rows have other readers" for op in function.every(Experts)]
+    left += [f"{op.mnemonic}: {why_apart(op, function)}" for op in function.every(SharedExpert)]
+    return left

@@ -1,0 +1,174 @@
+"""From fused operations to buffers and kernel launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from moecc.errors import InputError
+from moecc.ir.core import Function, Module, Op, Value
+from moecc.ir.ops import (
+    ACTIVATION_ATTRIBUTES,
+    ROUTER_ATTRIBUTES,
+    Alloc,
+    DownCombine,
+    FusedRouter,
+    GateUp,
+    Launch,
+    Plan,
+    SharedExpert,
+    bytes_at,
+)
+from moecc.ir.rewriter import replace_values
+from moecc.ir.types import PlanType, RoutingType, TokensType, Type, WeightsType
+from moecc.passes.manager import Context
+
+ONE_LAUNCH_TOKENS = 1024  # beyond, scattering the sorted rows and combining are launches of their own
+
+
+class Lower:
+    """Contract: routers, plans, expert GEMMs and shared experts are `kernel.launch` ops that fill buffers. The
+    function lists its kernel sets in `kernels`, each with all that codegen needs, and the memory of its buffers
+    in `workspace_bytes`. Attention, dense MLPs, exchanges and sums stay: the serving engine runs them.
+
+    Pseudo-code: for every fused op: allocate its results, launch its kernels, let users read the buffers.
+    """
+
+    name = "lower"
+
+    def run(self, module: Module, context: Context) -> None:
+        for function in module.functions:
+            if "tokens" not in function.attributes:
+                raise InputError(
+                    f"@{function.name} has no phase",
+                    where=function.location,
+                    hint="run 'overlap' before 'lower'",
+                )
+            _lower(function)
+
+
+@dataclass
+class _Lowering:
+    """One function on its way down: its size, and the kernel sets met so far by name."""
+
+    name: str
+    tokens: int
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def describe(self, suffix: str = "", **facts: Any) -> None:
+        """Adds facts to a kernel set; chunks of one function agree on them."""
+        name = self.name + suffix
+        self.sets.setdefault(name, {"name": name}).update(facts)
+
+
+def _lower(function: Function) -> None:
+    lowering = _Lowering(function.name, function.attributes["tokens"])
+    lowered: list[Op] = []
+    for op in list(function.ops):
+        lower = _LOWER.get(type(op))
+        if lower is None:
+            lowered.append(op)
+            continue
+        allocs = {value: _alloc(value.type, value.name, op) for value in op.all_results}
+        lowered += [*allocs.values(), *lower(op, [a.buffer for a in allocs.values()], lowering)]
+        replace_values(function, {old: alloc.buffer for old, alloc in allocs.items()})
+    function.ops = lowered
+    if lowering.sets:
+        workspace = sum(bytes_at(alloc.buffer.type, lowering.tokens) for alloc in function.every(Alloc))
+        function.attributes |= {"kernels": list(lowering.sets.values()), "workspace_bytes": int(workspace)}
+
+
+def _alloc(type: Type, name: str, op: Op) -> Alloc:
+    return Alloc({}, {"type": str(type)}, names=[name], location=op.location)
+
+
+def _launch(op: Op, kernel: str, reads: Sequence[Value], writes: Sequence[Value], suffix: str = "") -> Launch:
+    return Launch(
+        {"reads": reads, "writes": writes}, {"kernel": kernel, "suffix": suffix}, location=op.location
+    )
+
+
+def _router(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
+    routing = cast(RoutingType, op.routing.type)
+    tokens = int(routing.tokens.at(lowering.tokens))
+    lowering.describe(
+        entry="forward" if op.sort else "distributed",
+        tokens=tokens,
+        hidden=cast(TokensType, op.x.type).hidden,
+        dtype=cast(TokensType, op.x.type).dtype,
+        experts=routing.experts - op.shared,
+        top_k=op.top_k,
+        shared=op.shared,
+        router={key: op.attributes[key] for key in ROUTER_ATTRIBUTES},
+        has_router_bias=op.bias is not None,
+    )
+    launch = _launch(op, "router", op.all_operands, writes)
+    scatter = op.sort and tokens > ONE_LAUNCH_TOKENS
+    return [launch, *([_launch(op, "scatter", writes[:1], writes[1:])] if scatter else [])]
+
+
+def _plan(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
+    routing = cast(RoutingType, op.routing.type)
+    lowering.describe(slots=routing.experts)
+    launch = _launch(op, "plan", [op.routing], writes)
+    scatter = routing.tokens.at(lowering.tokens) > ONE_LAUNCH_TOKENS
+    return [launch, *([_launch(op, "scatter", [op.routing], writes)] if scatter else [])]
+
+
+def _gate_up(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
+    lowering.describe(
+        intermediate=cast(TokensType, op.rows.type).hidden,
+        has_expert_bias=op.gate_up_bias is not None,
+        activation={key: op.attributes[key] for key in ACTIVATION_ATTRIBUTES},
+    )
+    return [_launch(op, "gate_up", op.all_operands, writes)]
+
+
+def _down(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
+    if cast(RoutingType, op.routing.type).tokens.at(lowering.tokens) <= ONE_LAUNCH_TOKENS:
+        return [_launch(op, "down_combine", op.all_operands, writes)]
+    down = cast(WeightsType, op.down.type)
+    dtype = cast(TokensType, op.rows.type).dtype
+    partial = _alloc(TokensType(cast(PlanType, op.plan.type).rows, down.shape[1], dtype), "partial", op)
+    return [
+        partial,
+        _launch(op, "down", op.all_operands, [partial.buffer]),
+        _launch(op, "combine", [partial.buffer, op.routing], writes),
+    ]
+
+
+def _shared(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
+    """Shared experts that stay apart: the experts' kernels, every token selecting all of them."""
+    x, weights = cast(TokensType, op.x.type), cast(WeightsType, op.gate_up.type)
+    count, two_intermediate, _ = weights.shape
+    lowering.describe(
+        "_shared",
+        entry="experts",
+        tokens=int(x.rows.at(lowering.tokens)),
+        hidden=x.hidden,
+        dtype=x.dtype,
+        experts=count,
+        top_k=count,
+        intermediate=two_intermediate // 2,
+        activation={key: op.attributes[key] for key in ACTIVATION_ATTRIBUTES},
+    )
+    rows = x.rows.times(count)
+    plan = _alloc(PlanType(rows, count), "plan", op)
+    hidden = _alloc(TokensType(rows, two_intermediate // 2, x.dtype), "rows", op)
+    return [
+        plan,
+        hidden,
+        _launch(op, "plan", [], [plan.buffer], "_shared"),
+        _launch(op, "gate_up", [op.x, plan.buffer, op.gate_up], [hidden.buffer], "_shared"),
+        _launch(op, "down_combine", [hidden.buffer, plan.buffer, op.down], writes, "_shared"),
+    ]
+
+
+_LOWER: Mapping[type[Op], Callable[[Any, list[Value], _Lowering], list[Op]]] = {
+    FusedRouter: _router,
+    Plan: _plan,
+    GateUp: _gate_up,
+    DownCombine: _down,
+    SharedExpert: _shared,
+}
