@@ -1,10 +1,141 @@
-"""Configs that are good without tuning, by stated rules."""
+"""Configs that are good without tuning, by stated rules; the search starts from them."""
 
 from __future__ import annotations
 
-from moecc.codegen.config import KernelConfigs, LayerShape
+from dataclasses import replace
+
+from moecc.codegen.config import (
+    DTYPE_BYTES,
+    CombineConfig,
+    GemmConfig,
+    KernelConfigs,
+    LayerShape,
+    RouterConfig,
+    why_invalid,
+)
+from moecc.codegen.frozen import tiles_max
+from moecc.codegen.targets import Target, find_target
+from moecc.errors import MoeccError
+
+# Programs that keep a large GPU busy: about two for each of the 132 SMs of an H100.
+BUSY_PROGRAMS = 256
 
 
 def default_configs(shape: LayerShape, target: str) -> KernelConfigs:
-    """Configs for that shape on that target (a compiled target or `interpret`), always valid."""
-    raise NotImplementedError
+    """Configs for that shape on that target (a compiled target or `interpret`), always valid.
+
+    1. BLOCK_M is the power of two that holds an expert's expected rows, 16 to 128: more is padding, less reads
+       the weights twice.
+    2. With 16 or 32 rows the GEMMs stream weights: narrow column blocks until enough programs run, long K blocks.
+       With more rows they compute: tiles as large as accumulators fit in registers.
+    3. BLOCK_K divides the reduced dimension where it can, so that the loop needs no mask.
+    4. The router's tile holds at most 8192 logits; the hidden dimension is split until enough programs run.
+    5. What does not fit the target gives up pipeline stages first, then BLOCK_K, then BLOCK_N.
+    Raises MoeccError for a shape for which nothing fits, InputError for an unknown target.
+    """
+    limits = find_target(target)
+    if limits.backend == "interpret":
+        return _interpreter_configs(shape)
+    block_m = min(max(_power_of_two_from(shape.rows_per_expert), 16), 128)
+    configs = KernelConfigs(
+        router=_router_config(shape),
+        gate_up=_gemm_config(shape, limits, block_m, weights=2),
+        down=_gemm_config(shape, limits, block_m, weights=1),
+        combine=CombineConfig(block_t=1, block_h=min(_power_of_two_from(shape.hidden), 1024)),
+    )
+    return _fitted(configs, shape, limits)
+
+
+def _gemm_config(shape: LayerShape, target: Target, block_m: int, *, weights: int) -> GemmConfig:
+    columns, reduced = (
+        (shape.intermediate, shape.hidden) if weights == 2 else (shape.hidden, shape.intermediate)
+    )
+    step = 128 // DTYPE_BYTES[shape.dtype]
+    if block_m <= 32:
+        tiles = tiles_max(shape.tokens, shape.top_k, shape.experts, block_m)
+        block_n = 128 // weights
+        while block_n > 32 and tiles * -(-columns // block_n) < BUSY_PROGRAMS:
+            block_n //= 2
+        return GemmConfig(
+            block_m=block_m,
+            block_n=block_n,
+            block_k=_dividing_block(reduced, 2 * step),
+            group_m=1,
+            num_warps=4,
+            num_stages=4,
+        )
+    wide = block_m == 128
+    return GemmConfig(
+        block_m=block_m,
+        block_n=256 // weights if wide and target.wgmma_rows else 128 // weights,
+        block_k=_dividing_block(reduced, step),
+        num_warps=8 if wide else 4,
+        num_stages=3,
+    )
+
+
+def _router_config(shape: LayerShape) -> RouterConfig:
+    columns = shape.router_columns
+    block_t = 16 if shape.tokens <= 256 else min(max(8192 // columns, 16), 64)
+    block_h = min(max(16384 // columns, 32), 128)
+    split_h, blocks = 1, -(-shape.hidden // block_h)
+    while split_h < 16 and 4 * split_h <= blocks and 2 * split_h * -(-shape.tokens // block_t) <= 128:
+        split_h *= 2
+    return RouterConfig(
+        block_t=block_t,
+        block_h=block_h,
+        split_h=split_h,
+        num_warps=8 if block_t * columns >= 4096 else 4,
+        num_stages=3,
+    )
+
+
+def _interpreter_configs(shape: LayerShape) -> KernelConfigs:
+    """Large tiles: the interpreter pays per operation, about 20 us, not per element."""
+    block_m = min(max(_power_of_two_from(shape.rows_per_expert), 16), 256)
+
+    def gemm(columns: int, reduced: int) -> GemmConfig:
+        return GemmConfig(
+            block_m=block_m,
+            block_n=min(max(_power_of_two_from(columns), 16), 512),
+            block_k=min(max(_power_of_two_from(reduced), 16), 2048),
+        )
+
+    return KernelConfigs(
+        router=RouterConfig(block_t=64, block_h=min(max(_power_of_two_from(shape.hidden), 16), 2048)),
+        gate_up=gemm(shape.intermediate, shape.hidden),
+        down=gemm(shape.hidden, shape.intermediate),
+        combine=CombineConfig(fused_tokens=32, block_t=64, block_h=2048),
+    )
+
+
+def _fitted(configs: KernelConfigs, shape: LayerShape, target: Target) -> KernelConfigs:
+    """Rule 5, for the GEMM that the predicate names."""
+    while problem := why_invalid(configs, shape, target):
+        kernel = problem.split()[0]
+        config = getattr(configs, kernel)
+        smaller = _smaller(config) if isinstance(config, GemmConfig) else None
+        if smaller is None:
+            raise MoeccError(f"no kernel config fits {target.name}: {problem}", where="default configs")
+        configs = replace(configs, **{kernel: smaller})
+    return configs
+
+
+def _smaller(config: GemmConfig) -> GemmConfig | None:
+    if config.num_stages > 2:
+        return replace(config, num_stages=config.num_stages - 1)
+    if config.block_k > 32:
+        return replace(config, block_k=config.block_k // 2)
+    if config.block_n > 16:
+        return replace(config, block_n=config.block_n // 2)
+    return None
+
+
+def _dividing_block(size: int, largest: int) -> int:
+    """The largest power of two up to `largest` that divides size, but at least 32."""
+    return max(min(size & -size, largest), 32)
+
+
+def _power_of_two_from(value: float) -> int:
+    """The smallest power of two that is not below value."""
+    return 1 << max(int(-(-value // 1)) - 1, 0).bit_length()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moecc.codegen.targets import Target
@@ -32,8 +32,8 @@ class LayerShape:
     top_k: int
     shared: int = 0
     dtype: DType = "bfloat16"
-    router: Router = Router()
-    activation: Activation = Activation()
+    router: Router = field(default_factory=Router)
+    activation: Activation = field(default_factory=Activation)
     has_router_bias: bool = False
     has_expert_bias: bool = False
 
@@ -43,12 +43,10 @@ class LayerShape:
             raise InputError(problem, where="layer shape")
 
     @property
-    def total_experts(self) -> int:
-        return self.experts + self.shared
-
-    @property
-    def slots_per_token(self) -> int:
-        return self.top_k + self.shared
+    def router_columns(self) -> int:
+        """Columns of the router's tile: groups and experts of a group are padded to powers of two, 16 at least."""
+        groups = _next_power_of_2(self.router.groups)
+        return max(groups * _next_power_of_2(self.experts // self.router.groups), 16)
 
     @property
     def rows_per_expert(self) -> float:
@@ -81,12 +79,12 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CombineConfig:
-    """Tile of the combine kernel. `fused`: the last arriving program of the down kernel combines instead."""
+    """Tile of the combine kernel; up to `fused_tokens` the last program of the down kernel combines instead."""
 
+    fused_tokens: int = 32
     block_t: int = 1
     block_h: int = 1024
     num_warps: int = 4
-    fused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,32 +94,74 @@ class KernelConfigs:
     router: RouterConfig
     gate_up: GemmConfig
     down: GemmConfig
-    combine: CombineConfig = CombineConfig()
-
-
-def tiles_max(tokens: int, top_k: int, experts: int, block_m: int) -> int:
-    """The most row tiles that any routing of `tokens` x `top_k` distinct experts can need: a grid that is safe.
-
-    Every expert holds at most `tokens` rows. The worst routing gives one row to as many experts as it can and
-    then spends `block_m` rows on each further tile.
-    """
-    rows = tokens * min(top_k, experts)
-    occupied = min(experts, rows)
-    return min(occupied + (rows - occupied) // block_m, occupied * -(-tokens // block_m))
+    combine: CombineConfig
 
 
 def gemm_shared_bytes(config: GemmConfig, *, weights: int, dtype: DType, target: Target) -> int:
     """Shared memory of one program, in bytes; `weights` is the number of weight tiles per K step (gate_up: 2).
 
-    Triton keeps one buffer per pipeline stage. Where the dot reads its operands from registers (no wgmma) the
-    last stage needs none.
+    One buffer per pipeline stage. Where the dot reads its operands from registers (BLOCK_M below `wgmma_rows`)
+    the last stage needs none.
     """
-    raise NotImplementedError
+    buffers = config.num_stages - (not target.wgmma_rows or config.block_m < target.wgmma_rows)
+    step = (config.block_m + weights * config.block_n) * config.block_k
+    return step * DTYPE_BYTES[dtype] * max(buffers, 1)
 
 
 def why_invalid(configs: KernelConfigs, shape: LayerShape, target: Target) -> str | None:
     """Why these configs cannot be compiled or launched for this shape and target, or None: the one predicate."""
-    raise NotImplementedError
+    if configs.gate_up.block_m != configs.down.block_m:
+        return f"gate_up block_m {configs.gate_up.block_m} is not down block_m {configs.down.block_m}"
+    return (
+        _why_invalid_sizes(configs)
+        or _why_invalid_gemm("gate_up", configs.gate_up, 2, shape, target)
+        or _why_invalid_gemm("down", configs.down, 1, shape, target)
+        or _why_invalid_router(configs.router, shape, target)
+    )
+
+
+def _why_invalid_sizes(configs: KernelConfigs) -> str | None:
+    free = ("group_m", "num_stages", "fused_tokens")
+    for kernel, config in vars(configs).items():
+        for name, value in vars(config).items():
+            at_least = 0 if name == "fused_tokens" else 1
+            if value < at_least:
+                return f"{kernel} {name} {value} is smaller than {at_least}"
+            if name not in free and value & (value - 1):
+                return f"{kernel} {name} {value} is not a power of two"
+    return None
+
+
+def _why_invalid_gemm(
+    kernel: str, config: GemmConfig, weights: int, shape: LayerShape, target: Target
+) -> str | None:
+    if config.num_warps > target.max_warps:
+        return f"{kernel} num_warps {config.num_warps} is larger than {target.max_warps}"
+    for name in ("block_m", "block_n", "block_k"):
+        if getattr(config, name) < 16:
+            return f"{kernel} {name} {getattr(config, name)} is smaller than 16, the least a dot takes"
+    if target.backend == "interpret":
+        return None
+    shared = gemm_shared_bytes(config, weights=weights, dtype=shape.dtype, target=target)
+    if shared > target.shared_bytes:
+        return f"{kernel} needs {shared} bytes of shared memory of {target.shared_bytes}"
+    return None
+
+
+def _why_invalid_router(config: RouterConfig, shape: LayerShape, target: Target) -> str | None:
+    if config.num_warps > target.max_warps:
+        return f"router num_warps {config.num_warps} is larger than {target.max_warps}"
+    for name in ("block_t", "block_h"):
+        if getattr(config, name) < 16:
+            return f"router {name} {getattr(config, name)} is smaller than 16, the least a dot takes"
+    blocks = -(-shape.hidden // config.block_h)
+    if config.split_h > 1 and (config.split_h - 1) * -(-blocks // config.split_h) >= blocks:
+        return f"router split_h {config.split_h} leaves a program without a block of hidden {shape.hidden}"
+    return None
+
+
+def _next_power_of_2(value: int) -> int:
+    return 1 << (value - 1).bit_length()
 
 
 def _why_impossible(shape: LayerShape) -> str | None:

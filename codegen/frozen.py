@@ -1,0 +1,115 @@
+"""The frozen table of a layer and what it means for each kernel: pure Python, shared by compiler and launcher.
+
+Emitted modules carry this source, so it imports nothing else of this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Up to here one program sorts all assignments in the router's own launch; beyond, a second launch does.
+ONE_LAUNCH_TOKENS = 1024
+SCATTER_BLOCK = 1024
+# Tokens that a fused combine sums at a time.
+FUSED_BLOCK_T = 16
+
+Constants = dict[str, Any]
+Config = Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What the layer computes. `router` and `activation` are switches of the kernels of that name."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    shared: int
+    top_k: int
+    dtype: str
+    has_expert_bias: bool
+    router: Mapping[str, Any]
+    activation: Mapping[str, Any]
+
+    @property
+    def slots(self) -> int:
+        """Assignments of one token."""
+        return self.top_k + self.shared
+
+    @property
+    def total_experts(self) -> int:
+        return self.experts + self.shared
+
+
+def tiles_max(tokens: int, top_k: int, experts: int, block_m: int) -> int:
+    """The most row tiles that any routing of `tokens` to `top_k` distinct experts can need: the exact worst case.
+
+    An expert holds at most `tokens` rows. The worst routing gives one row to as many experts as it can and then
+    spends `block_m` rows on each further tile.
+    """
+    rows = tokens * min(top_k, experts)
+    occupied = min(experts, rows)
+    return min(occupied + (rows - occupied) // block_m, occupied * -(-tokens // block_m))
+
+
+def launches(config: Config, tokens: int) -> tuple[str, ...]:
+    """The kernels of one forward call, in order. External routing launches `plan` in place of `router`."""
+    scatter = ("scatter",) if tokens > ONE_LAUNCH_TOKENS else ()
+    combine = ("combine",) if tokens > config["combine"]["FUSED_TOKENS"] else ()
+    return ("router", *scatter, "gate_up", "down", *combine)
+
+
+def kernel_constants(
+    layer: Layer,
+    config: Config,
+    *,
+    tokens: int,
+    slots: int,
+    experts: int,
+    interpreted: bool,
+    has_logits: bool = False,
+    has_residual: bool = False,
+) -> dict[str, Constants]:
+    """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token."""
+    common = {"HIDDEN": layer.hidden, "INTERPRETED": interpreted}
+    gemm = {
+        **common,
+        "INTERMEDIATE": layer.intermediate,
+        "TOP_K": slots,
+        "HAS_EXPERT_BIAS": layer.has_expert_bias,
+    }
+    combine = {"TOP_K": slots, "NUM_EXPERTS": experts, "HAS_RESIDUAL": has_residual}
+    sorting = {"BLOCK_T": config["router"]["BLOCK_T"], "SCATTER_BLOCK": SCATTER_BLOCK}
+    planning = {"BLOCK_M": config["gate_up"]["BLOCK_M"], "SCATTER": tokens <= ONE_LAUNCH_TOKENS}
+    split = 1 if has_logits else config["router"]["SPLIT_H"]
+    return {
+        "router": {
+            **common,
+            "NUM_EXPERTS": layer.experts,
+            "NUM_SHARED": layer.shared,
+            "TOP_K": layer.top_k,
+            "HAS_LOGITS": has_logits,
+            **layer.router,
+            **config["router"],
+            **planning,
+            **sorting,
+            "SPLIT_H": split,
+        },
+        "plan": {"NUM_EXPERTS": experts, "TOP_K": slots, **planning, **sorting},
+        "scatter": {"NUM_EXPERTS": experts, "TOP_K": slots, **sorting},
+        "gate_up": {**gemm, **layer.activation, **config["gate_up"]},
+        "down": {
+            **gemm,
+            **combine,
+            "FUSE_COMBINE": tokens <= config["combine"]["FUSED_TOKENS"],
+            "COMBINE_T": FUSED_BLOCK_T,
+            **config["down"],
+        },
+        "combine": {
+            **common,
+            **combine,
+            **{name: value for name, value in config["combine"].items() if name != "FUSED_TOKENS"},
+        },
+    }

@@ -1,0 +1,1 @@
+"""The kernels: ordinary Triton functions. Importing one of these modules imports triton."""

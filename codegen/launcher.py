@@ -1,0 +1,277 @@
+"""Host side of one MoE layer: checks tensors, allocates, launches.
+
+Emitted modules carry this source behind their kernels, so it imports nothing else of this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import triton
+
+from moecc.codegen.frozen import Config, Constants, Layer, kernel_constants, launches, tiles_max
+from moecc.codegen.kernels.down import combine_kernel, down_kernel
+from moecc.codegen.kernels.gate_up import gate_up_kernel
+from moecc.codegen.kernels.plan import plan_kernel, scatter_kernel
+from moecc.codegen.kernels.router import router_kernel
+
+Weights = Mapping[str, torch.Tensor]
+
+
+class Plan(NamedTuple):
+    """A routing in the order in which the GEMMs walk it; int32 unless said otherwise."""
+
+    topk_ids: torch.Tensor  # [tokens, slots], any integer type
+    topk_weights: torch.Tensor  # [tokens, slots] fp32
+    slot_rank: torch.Tensor  # [tokens, slots]
+    block_counts: torch.Tensor  # [token blocks, experts]
+    expert_offsets: torch.Tensor  # [experts + 1]
+    tile_expert: torch.Tensor  # [tiles_max]
+    tile_row: torch.Tensor  # [tiles_max]
+    num_tiles: torch.Tensor  # [1]
+    sorted_slots: torch.Tensor  # [tokens * slots]
+    counters: torch.Tensor  # zero between launches
+
+    @property
+    def tile_map(self) -> tuple[torch.Tensor, ...]:
+        """What a GEMM reads, in the order of its arguments."""
+        return (self.sorted_slots, self.expert_offsets, self.tile_expert, self.tile_row, self.num_tiles)
+
+
+class Launcher:
+    """One layer with its kernel configs: target -> kernel -> block sizes and launch options.
+
+    `weights` maps, contiguous and in the layer's dtype: `gate` [experts, hidden]; `gate_up` [experts + shared,
+    2 * intermediate, hidden], gate rows first; `down` [experts + shared, hidden, intermediate]; and, of any float
+    type, where the layer has them: `router_bias` and `correction_bias` [experts], `gate_up_bias` [experts + shared,
+    2 * intermediate], `down_bias` [experts + shared, hidden].
+    Every method raises ValueError for a tensor that does not fit, RuntimeError for a device without configs.
+    """
+
+    def __init__(self, layer: Layer, configs: Mapping[str, Config]) -> None:
+        self.layer, self.configs = layer, configs
+        self._idle_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        *,
+        residual: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The layer on x [..., hidden], plus `residual` of that shape; `logits` [..., experts] replace the gate."""
+        rows = self._rows(x)
+        if not len(rows):
+            return torch.empty_like(x)
+        plan = self._route(rows, weights, logits)
+        return self._compute(rows, plan, weights, residual).reshape(x.shape)
+
+    def route(
+        self, x: torch.Tensor, weights: Weights, *, logits: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids int32 and weights fp32 [tokens, top_k + shared]; the shared experts, weight 1, come last."""
+        rows = self._rows(x)
+        if not len(rows):
+            empty = torch.empty((0, self.layer.slots), device=x.device)
+            return empty.int(), empty
+        return self._route(rows, weights, logits)[:2]
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        weights: Weights,
+        *,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The experts alone, for a routing made elsewhere: ids and weights [tokens, k], any k.
+
+        The ids of a token are distinct; one outside [0, len(gate_up)) is another device's and adds nothing. The
+        number of experts is that of the weights given.
+        """
+        rows = self._rows(x)
+        if topk_ids.shape != topk_weights.shape or topk_ids.shape[:1] != rows.shape[:1]:
+            raise ValueError(
+                f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} must both be "
+                f"[{len(rows)}, k]"
+            )
+        if not len(rows):
+            return torch.empty_like(x)
+        experts = len(weights["gate_up"])
+        plan = self._plan(topk_ids.contiguous(), topk_weights.float().contiguous(), experts=experts)
+        constants = self._constants(plan, experts)
+        plan_kernel[(len(plan.block_counts),)](plan.topk_ids, *plan[2:], len(rows), **constants["plan"])
+        self._scatter(plan, constants)
+        return self._compute(rows, plan, weights, residual).reshape(x.shape)
+
+    def launches(self, tokens: int, target: str) -> tuple[str, ...]:
+        """The kernels that one `forward` launches, in order."""
+        return launches(self.configs[target], tokens)
+
+    def workspace_bytes(self, tokens: int, target: str) -> int:
+        """Device memory in bytes that `forward` allocates besides its output."""
+        layer, config = self.layer, self.configs[target]
+        blocks = triton.cdiv(tokens, config["router"]["BLOCK_T"])
+        parts = config["router"]["SPLIT_H"]
+        words = 4 * tokens * layer.slots + (blocks + 1) * layer.total_experts + 2
+        words += 2 * self._tiles(tokens, layer.slots, layer.total_experts, config) + self._counters(
+            blocks, config
+        )
+        words += parts * tokens * layer.experts if parts > 1 else 0
+        rows = tokens * layer.slots * (layer.intermediate + layer.hidden)
+        return int(4 * words + rows * getattr(torch, layer.dtype).itemsize)
+
+    def _route(self, rows: torch.Tensor, weights: Weights, logits: torch.Tensor | None) -> Plan:
+        layer, tokens = self.layer, len(rows)
+        shape = (tokens, layer.slots)
+        ids = torch.empty(shape, dtype=torch.int32, device=rows.device)
+        topk_weights = torch.empty(shape, device=rows.device)
+        plan = self._plan(ids, topk_weights, experts=layer.total_experts, shared=layer.shared)
+        constants = self._constants(plan, layer.total_experts, has_logits=logits is not None)
+        parts = constants["router"]["SPLIT_H"]
+        if logits is not None:
+            logits = logits.reshape(-1, layer.experts).contiguous()
+            _expect("logits", logits, (tokens, layer.experts))
+            gate = logits
+        else:
+            gate = _tensor(weights, "gate", (layer.experts, layer.hidden), rows.dtype)
+            scratch = (parts, tokens, layer.experts) if parts > 1 else (1,)
+            logits = torch.empty(scratch, device=rows.device)
+        biases = [
+            _tensor(weights, name, (layer.experts,)) if layer.router[switch] else rows
+            for name, switch in (("router_bias", "HAS_ROUTER_BIAS"), ("correction_bias", "SELECTION_BIAS"))
+        ]
+        grid = (len(plan.block_counts), parts)
+        router_kernel[grid](rows, gate, *biases, logits, *plan, tokens, **constants["router"])
+        self._scatter(plan, constants)
+        return plan
+
+    def _scatter(self, plan: Plan, constants: dict[str, Constants]) -> None:
+        if constants["plan"]["SCATTER"]:
+            return
+        grid = (triton.cdiv(plan.topk_ids.numel(), constants["scatter"]["SCATTER_BLOCK"]),)
+        arrays = (plan.topk_ids, plan.slot_rank, plan.block_counts, plan.sorted_slots)
+        scatter_kernel[grid](*arrays, len(plan.topk_ids), **constants["scatter"])
+
+    def _compute(
+        self, rows: torch.Tensor, plan: Plan, weights: Weights, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        layer, (tokens, slots), dtype = self.layer, plan.topk_ids.shape, rows.dtype
+        experts, hidden, inner = len(plan.expert_offsets) - 1, layer.hidden, layer.intermediate
+        gate_up = _tensor(weights, "gate_up", (experts, 2 * inner, hidden), dtype)
+        down = _tensor(weights, "down", (experts, hidden, inner), dtype)
+        gate_up_bias, down_bias = rows, rows
+        if layer.has_expert_bias:
+            gate_up_bias = _tensor(weights, "gate_up_bias", (experts, 2 * inner))
+            down_bias = _tensor(weights, "down_bias", (experts, hidden))
+        if residual is not None:
+            residual = residual.reshape(-1, hidden).contiguous()
+            _expect("residual", residual, (tokens, hidden))
+        constants = self._constants(plan, experts, has_residual=residual is not None)
+        h = rows.new_empty((tokens * slots, inner))
+        partial = rows.new_empty((tokens * slots, hidden))
+        out = torch.empty_like(rows)
+        tiles, tail = len(plan.tile_expert), (rows if residual is None else residual, out)
+
+        grid = (tiles * triton.cdiv(inner, constants["gate_up"]["BLOCK_N"]),)
+        gate_up_kernel[grid](rows, gate_up, gate_up_bias, h, *plan.tile_map, **constants["gate_up"])
+        grid = (tiles * triton.cdiv(hidden, constants["down"]["BLOCK_N"]),)
+        routing = (plan.topk_ids, plan.topk_weights, partial, *tail, *plan.tile_map, plan.counters, tokens)
+        down_kernel[grid](h, down, down_bias, *routing, **constants["down"])
+        if not constants["down"]["FUSE_COMBINE"]:
+            blocks = constants["combine"]["BLOCK_T"], constants["combine"]["BLOCK_H"]
+            combine_grid = (triton.cdiv(tokens, blocks[0]), triton.cdiv(hidden, blocks[1]))
+            combine_kernel[combine_grid](partial, plan.topk_ids, *tail, tokens, **constants["combine"])
+        return out
+
+    def _plan(self, ids: torch.Tensor, topk_weights: torch.Tensor, *, experts: int, shared: int = 0) -> Plan:
+        tokens, slots = ids.shape
+        config = self.configs[self._target(ids.device)]
+        blocks = triton.cdiv(tokens, config["router"]["BLOCK_T"])
+        tiles = _tiles(tokens, slots, experts, shared, config)
+        sizes = (tokens * slots, blocks * experts, experts + 1, tiles, tiles, 1, tokens * slots)
+        arrays = [torch.empty(size, dtype=torch.int32, device=ids.device) for size in sizes]
+        arrays[1] = arrays[1].view(blocks, experts)
+        counters = self._zero_counters(ids.device, self._counters(blocks, config))
+        return Plan._make((ids, topk_weights, *arrays, counters))
+
+    def _counters(self, blocks: int, config: Config) -> int:
+        """One for the plan and one a token block, or, later, one a column block of the down kernel."""
+        return int(max(1 + blocks, triton.cdiv(self.layer.hidden, config["down"]["BLOCK_N"])))
+
+    def _zero_counters(self, device: torch.device, count: int) -> torch.Tensor:
+        """Counters that are zero now; kernels leave them so, and launches on one stream share them."""
+        # A capture only records the memset, and the host's interpreter may have stopped inside a kernel.
+        if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        key = (device, torch.cuda.current_stream(device).cuda_stream)
+        if key not in self._idle_counters or len(self._idle_counters[key]) < count:
+            self._idle_counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+        return self._idle_counters[key]
+
+    def _constants(self, plan: Plan, experts: int, **switches: bool) -> dict[str, Constants]:
+        tokens, slots = plan.topk_ids.shape
+        target = self._target(plan.topk_ids.device)
+        return kernel_constants(
+            self.layer,
+            self.configs[target],
+            tokens=tokens,
+            slots=slots,
+            experts=experts,
+            interpreted=target == "interpret",
+            **switches,
+        )
+
+    def _target(self, device: torch.device) -> str:
+        if not isinstance(router_kernel, triton.JITFunction):
+            target = "interpret"
+        elif device.type != "cuda":
+            raise RuntimeError(
+                f"no kernels for device {device}: set TRITON_INTERPRET=1 to interpret them there"
+            )
+        elif torch.version.hip:
+            target = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        else:
+            target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        if target not in self.configs:
+            raise RuntimeError(f"no configs for {target}: this module has {', '.join(self.configs)}")
+        return target
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.layer.hidden or x.dtype != getattr(torch, self.layer.dtype):
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)}, not {self.layer.dtype} [..., {self.layer.hidden}]"
+            )
+        return x.reshape(-1, self.layer.hidden).contiguous()
+
+
+def _tiles(tokens: int, slots: int, experts: int, shared: int, config: Config) -> int:
+    """Row tiles to launch; the shared experts, which see every token, need no worst case."""
+    block_m = config["gate_up"]["BLOCK_M"]
+    return int(
+        shared * triton.cdiv(tokens, block_m) + tiles_max(tokens, slots - shared, experts - shared, block_m)
+    )
+
+
+def _tensor(
+    weights: Weights, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """weights[name], of that shape, contiguous, and of that dtype if one is given."""
+    if name not in weights:
+        raise ValueError(f"weights lack {name!r} {list(shape)}")
+    tensor = weights[name]
+    _expect(name, tensor, shape)
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, not {dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous")
+    return tensor
+
+
+def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
