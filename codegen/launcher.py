@@ -118,9 +118,8 @@ class Launcher:
         blocks = triton.cdiv(tokens, config["router"]["BLOCK_T"])
         parts = config["router"]["SPLIT_H"]
         words = 4 * tokens * layer.slots + (blocks + 1) * layer.total_experts + 2
-        words += 2 * self._tiles(tokens, layer.slots, layer.total_experts, config) + self._counters(
-            blocks, config
-        )
+        words += 2 * _tiles(tokens, layer.slots, layer.total_experts, layer.shared, config)
+        words += self._counters(blocks, config)
         words += parts * tokens * layer.experts if parts > 1 else 0
         rows = tokens * layer.slots * (layer.intermediate + layer.hidden)
         return int(4 * words + rows * getattr(torch, layer.dtype).itemsize)
@@ -139,8 +138,8 @@ class Launcher:
             gate = logits
         else:
             gate = _tensor(weights, "gate", (layer.experts, layer.hidden), rows.dtype)
-            scratch = (parts, tokens, layer.experts) if parts > 1 else (1,)
-            logits = torch.empty(scratch, device=rows.device)
+            scratch = (parts, tokens, layer.experts)
+            logits = torch.empty(scratch, device=rows.device) if parts > 1 else rows
         biases = [
             _tensor(weights, name, (layer.experts,)) if layer.router[switch] else rows
             for name, switch in (("router_bias", "HAS_ROUTER_BIAS"), ("correction_bias", "SELECTION_BIAS"))

@@ -1,0 +1,378 @@
+"""The kernels' numbers against a float64 reference that shares no code with them."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moecc.autotune.defaults import default_configs
+from moecc.codegen.config import KernelConfigs, LayerShape
+from moecc.codegen.launcher import Launcher
+from moecc.codegen.switches import freeze_configs, freeze_layer
+from moecc.ir.semantics import Activation, Router
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="neither Triton's interpreter nor a GPU"
+)
+
+# Sizes are small and ragged, structure is each family's own.
+FAMILIES = {
+    "mixtral": LayerShape(
+        tokens=17, hidden=72, intermediate=40, experts=8, top_k=2, router=Router(normalize=True)
+    ),
+    "qwen3": LayerShape(
+        tokens=17, hidden=48, intermediate=24, experts=128, top_k=8, router=Router(normalize=True)
+    ),
+    "olmoe": LayerShape(tokens=17, hidden=64, intermediate=32, experts=64, top_k=8),
+    "deepseek-v2": LayerShape(
+        tokens=17,
+        hidden=48,
+        intermediate=24,
+        experts=60,
+        top_k=4,
+        shared=2,
+        router=Router(groups=5, top_groups=2, scale=16.0),
+        activation=Activation(kind="gelu_glu"),
+    ),
+    "deepseek-v3": LayerShape(
+        tokens=17,
+        hidden=80,
+        intermediate=48,
+        experts=64,
+        top_k=6,
+        shared=1,
+        router=Router(
+            score="sigmoid",
+            selection_bias=True,
+            groups=8,
+            top_groups=4,
+            group_score="top2_sum",
+            normalize=True,
+            norm_eps=1e-20,
+            scale=2.5,
+        ),
+    ),
+    "gpt-oss": LayerShape(
+        tokens=17,
+        hidden=96,
+        intermediate=96,
+        experts=32,
+        top_k=4,
+        router=Router(select_first=True),
+        activation=Activation(kind="clamped_swiglu"),
+        has_router_bias=True,
+        has_expert_bias=True,
+    ),
+    "ernie": LayerShape(
+        tokens=17,
+        hidden=48,
+        intermediate=24,
+        experts=48,
+        top_k=3,
+        router=Router(selection_bias=True, normalize=True, norm_min=0.4),
+    ),
+}
+TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh tensors hold NaN or the largest integer: whatever a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def generator():
+    seed = random.randrange(1 << 31)
+    print("seed", seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def make_inputs(
+    shape: LayerShape, generator: torch.Generator
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    dtype = getattr(torch, shape.dtype)
+    total, hidden, inner = shape.experts + shape.shared, shape.hidden, shape.intermediate
+
+    def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*size, generator=generator) * scale).to(dtype)
+
+    weights = {
+        "gate": normal(shape.experts, hidden, scale=2 / math.sqrt(hidden)),
+        "gate_up": normal(total, 2 * inner, hidden, scale=2 / math.sqrt(hidden)),
+        "down": normal(total, hidden, inner, scale=1 / math.sqrt(inner)),
+        "router_bias": normal(shape.experts),
+        "correction_bias": torch.randn(shape.experts, generator=generator) * 0.2,
+        "gate_up_bias": normal(total, 2 * inner),
+        "down_bias": normal(total, hidden),
+    }
+    x = normal(shape.tokens, hidden)
+    return x.to(DEVICE), {name: tensor.to(DEVICE) for name, tensor in weights.items()}
+
+
+def launcher(shape: LayerShape, **changes: object) -> Launcher:
+    """With a GPU present its own target is used, else the interpreter."""
+    target = "interpret" if INTERPRETED else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    configs: KernelConfigs = default_configs(shape, target)
+    for kernel, fields in changes.items():
+        configs = replace(configs, **{kernel: replace(getattr(configs, kernel), **fields)})
+    return Launcher(freeze_layer(shape), {target: freeze_configs(configs)})
+
+
+def reference_route(
+    shape: LayerShape, x: torch.Tensor, weights: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and float64 weights [tokens, top_k], one token at a time and in plain Python."""
+    router, size = shape.router, shape.experts // shape.router.groups
+    logits = x.cpu().double() @ weights["gate"].cpu().double().T
+    if shape.has_router_bias:
+        logits += weights["router_bias"].cpu().double()
+    all_ids, all_weights = [], []
+    for row in logits:
+        scores = row if router.select_first else _score(router, row)
+        selection = scores + weights["correction_bias"].cpu().double() if router.selection_bias else scores
+        allowed = list(range(shape.experts))
+        if router.groups > 1:
+            strength = []
+            for group in range(router.groups):
+                best = sorted(selection[group * size : (group + 1) * size].tolist(), reverse=True)
+                strength.append(best[0] if router.group_score == "max" else best[0] + best[1])
+            kept = sorted(range(router.groups), key=lambda g: (-strength[g], g))[: router.top_groups]
+            allowed = [e for e in allowed if e // size in kept]
+        ids = sorted(allowed, key=lambda e: (-selection[e].item(), e))[: shape.top_k]
+        chosen = scores[ids]
+        if router.select_first:
+            chosen = _score(router, chosen)
+        elif router.normalize:
+            chosen = chosen / max(chosen.sum().item() + router.norm_eps, router.norm_min)
+        all_ids.append(ids)
+        all_weights.append(chosen * router.scale)
+    return torch.tensor(all_ids), torch.stack(all_weights)
+
+
+def _score(router: Router, row: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(row, 0) if router.score == "softmax" else 1 / (1 + torch.exp(-row))
+
+
+def reference_experts(
+    shape: LayerShape,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    weights: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """float64 [tokens, hidden]; ids outside the experts add nothing."""
+    w = {name: tensor.cpu().double() for name, tensor in weights.items()}
+    out = torch.zeros(len(x), shape.hidden, dtype=torch.float64)
+    for t, row in enumerate(x.cpu().double()):
+        for expert, weight in zip(ids[t].tolist(), topk_weights[t].tolist(), strict=True):
+            if not 0 <= expert < len(w["gate_up"]):
+                continue
+            gate_up = w["gate_up"][expert] @ row
+            if shape.has_expert_bias:
+                gate_up = gate_up + w["gate_up_bias"][expert]
+            down = w["down"][expert] @ _activate(shape.activation, *gate_up.chunk(2))
+            if shape.has_expert_bias:
+                down = down + w["down_bias"][expert]
+            out[t] += weight * down
+    return out
+
+
+def _activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    if activation.kind == "silu_glu":
+        return torch.nn.functional.silu(gate) * up
+    if activation.kind == "gelu_glu":
+        return torch.nn.functional.gelu(gate) * up
+    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return (up + 1) * gate / (1 + torch.exp(-activation.alpha * gate))
+
+
+def with_shared(
+    shape: LayerShape, ids: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shared = torch.arange(shape.experts, shape.experts + shape.shared).expand(len(ids), -1)
+    return torch.cat([ids, shared], 1), torch.cat([topk_weights, torch.ones(len(ids), shape.shared)], 1)
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:
+    error = (out.cpu().double() - expected).abs().max().item()
+    limit = TOLERANCE[dtype] * expected.abs().max().item()
+    assert error <= limit, f"error {error:g} above {limit:g}"
+
+
+def check_layer(shape: LayerShape, generator: torch.Generator, **changes: object) -> None:
+    x, weights = make_inputs(shape, generator)
+    layer = launcher(shape, **changes)
+    ids, topk_weights = layer.route(x, weights)
+    want_ids, want_weights = with_shared(shape, *reference_route(shape, x, weights))
+    assert torch.equal(ids.cpu().long(), want_ids)
+    assert_close(topk_weights, want_weights, "float32")
+
+    residual = torch.randn(x.shape, generator=generator).to(x)
+    out = layer.forward(x, weights, residual=residual)
+    expected = reference_experts(shape, x, want_ids, want_weights, weights) + residual.cpu().double()
+    assert out.dtype == x.dtype
+    assert_close(out, expected, shape.dtype)
+    assert torch.equal(out, layer.forward(x, weights, residual=residual)), "two runs differ"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_families(family, tokens, generator):
+    check_layer(replace(FAMILIES[family], tokens=tokens, dtype="float32"), generator)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_16_bit_types(family, dtype, generator):
+    check_layer(replace(FAMILIES[family], tokens=33, dtype=dtype), generator)
+
+
+def test_all_tokens_on_one_expert(generator):
+    """Seven experts are empty, one fills several tiles."""
+    shape = replace(FAMILIES["mixtral"], tokens=70, top_k=1, has_router_bias=True, dtype="float32")
+    x, weights = make_inputs(shape, generator)
+    weights["router_bias"] = torch.zeros(8, device=DEVICE).index_fill_(
+        0, torch.tensor([5], device=DEVICE), 1e4
+    )
+    layer = launcher(shape, gate_up={"block_m": 16}, down={"block_m": 16})
+    ids, _ = layer.route(x, weights)
+    assert ids.unique().tolist() == [5]
+    expected = reference_experts(shape, x, *reference_route(shape, x, weights), weights)
+    assert_close(layer.forward(x, weights), expected, "float32")
+
+
+def test_many_tokens_take_a_scatter_launch(generator):
+    shape = replace(FAMILIES["deepseek-v3"], tokens=1030, hidden=16, intermediate=16, dtype="float32")
+    layer = launcher(shape)
+    assert layer.launches(1024, next(iter(layer.configs))) == ("router", "gate_up", "down", "combine")
+    assert layer.launches(1030, next(iter(layer.configs))) == (
+        "router",
+        "scatter",
+        "gate_up",
+        "down",
+        "combine",
+    )
+    check_layer(shape, generator)
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss"])
+def test_router_split_over_hidden(family, generator):
+    """Several programs share a token block; the last one to arrive adds their parts."""
+    shape = replace(FAMILIES[family], tokens=37, hidden=144, dtype="float32")
+    check_layer(shape, generator, router={"block_t": 16, "block_h": 32, "split_h": 2})
+
+
+def test_small_tiles_and_masked_tails(generator):
+    """No block divides its dimension, every expert has several tiles, columns and rows are grouped."""
+    shape = replace(
+        FAMILIES["gpt-oss"], tokens=70, hidden=72, intermediate=40, experts=4, top_k=2, dtype="float32"
+    )
+    tile = {"block_m": 16, "block_n": 32, "block_k": 32, "group_m": 3}
+    check_layer(shape, generator, gate_up=tile, down=tile, router={"block_t": 16, "block_h": 32})
+
+
+def test_fused_and_separate_combine_agree(generator):
+    shape = replace(FAMILIES["deepseek-v3"], tokens=21)
+    x, weights = make_inputs(shape, generator)
+    fused = launcher(shape, combine={"fused_tokens": 64}).forward(x, weights)
+    assert torch.equal(fused, launcher(shape, combine={"fused_tokens": 0}).forward(x, weights))
+
+
+def test_given_logits_replace_the_gate(generator):
+    shape = replace(FAMILIES["qwen3"], tokens=19, dtype="float32")
+    x, weights = make_inputs(shape, generator)
+    layer = launcher(shape)
+    logits = x @ weights["gate"].T
+    ids, topk_weights = layer.route(x, {}, logits=logits)
+    want_ids, want_weights = layer.route(x, weights)
+    assert torch.equal(ids, want_ids)
+    assert_close(topk_weights, want_weights.cpu().double(), "float32")
+    assert_close(
+        layer.forward(x, weights, logits=logits), layer.forward(x, weights).cpu().double(), "float32"
+    )
+
+
+@pytest.mark.parametrize("tokens", [20, 1030])
+@pytest.mark.parametrize("fused", [0, 4096])
+def test_experts_of_other_devices(tokens, fused, generator):
+    """Ids of -1 and past the experts are skipped; some tokens have no expert here at all."""
+    shape = replace(FAMILIES["mixtral"], tokens=tokens, hidden=16, intermediate=16, dtype="float32")
+    x, weights = make_inputs(shape, generator)
+    weights = {name: tensor[:5] for name, tensor in weights.items()}
+    ids = torch.stack([torch.randperm(16, generator=generator)[:4] for _ in range(tokens)]) - 6
+    ids[:3] = torch.tensor([-1, 5, 99, 1 << 20])
+    topk_weights = torch.rand(tokens, 4, generator=generator)
+    layer = launcher(shape, combine={"fused_tokens": fused})
+    residual = torch.randn(x.shape, generator=generator).to(x)
+    out = layer.experts(x, ids.to(DEVICE), topk_weights.to(DEVICE), weights, residual=residual)
+    expected = reference_experts(shape, x, ids, topk_weights, weights) + residual.cpu().double()
+    assert_close(out, expected, "float32")
+
+
+@pytest.mark.parametrize("fused", [0, 4096])
+def test_no_expert_here(fused, generator):
+    """A rank that received only other devices' assignments returns zeros, not what lay in memory."""
+    shape = replace(FAMILIES["mixtral"], dtype="float32")
+    x, weights = make_inputs(shape, generator)
+    ids = torch.full((17, 2), -1, device=DEVICE)
+    layer = launcher(shape, combine={"fused_tokens": fused})
+    out = layer.experts(x, ids, torch.ones(17, 2, device=DEVICE), weights)
+    assert torch.equal(out, torch.zeros_like(x))
+
+
+def test_no_tokens():
+    shape = FAMILIES["deepseek-v3"]
+    x, weights = make_inputs(shape, torch.Generator().manual_seed(0))
+    layer = launcher(shape)
+    assert layer.forward(x[:0], weights).shape == (0, 80)
+    assert [tensor.shape for tensor in layer.route(x[:0], weights)] == [(0, 7), (0, 7)]
+
+
+def test_ties_fall_to_the_lower_id():
+    shape = replace(FAMILIES["ernie"], tokens=5, dtype="float32")
+    weights = {"correction_bias": torch.zeros(48, device=DEVICE)}
+    x, logits = torch.zeros(5, 48, device=DEVICE), torch.zeros(5, 48, device=DEVICE)
+    ids, topk_weights = launcher(shape).route(x, weights, logits=logits)
+    assert ids.tolist() == [[0, 1, 2]] * 5
+    # The sum of three weights, 3 / 48, is below norm_min = 0.4.
+    assert_close(topk_weights, torch.full((5, 3), 1 / 48 / 0.4, dtype=torch.float64), "float32")
+
+
+def test_nan_logits_still_give_distinct_experts():
+    """A poisoned activation must not become an access outside the tensors."""
+    shape = replace(FAMILIES["deepseek-v3"], tokens=3, dtype="float32")
+    x, weights = make_inputs(shape, torch.Generator().manual_seed(0))
+    x[1] = float("nan")
+    ids, _ = launcher(shape).route(x, weights)
+    assert all(len(set(row)) == 7 and set(row) <= set(range(65)) for row in ids.tolist())
+
+
+def test_leading_dimensions_are_kept(generator):
+    shape = replace(FAMILIES["mixtral"], tokens=6, dtype="float32")
+    x, weights = make_inputs(shape, generator)
+    layer = launcher(shape)
+    assert torch.equal(layer.forward(x.view(2, 3, -1), weights).view(6, -1), layer.forward(x, weights))
+
+
+def test_misfits_are_named(generator):
+    shape = FAMILIES["gpt-oss"]
+    x, weights = make_inputs(shape, generator)
+    layer = launcher(shape)
+    with pytest.raises(ValueError, match=r"x is torch.float32 \[17, 96\], not bfloat16"):
+        layer.forward(x.float(), weights)
+    with pytest.raises(ValueError, match=r"weights lack 'down_bias' \[32, 96\]"):
+        layer.forward(x, {name: tensor for name, tensor in weights.items() if name != "down_bias"})
+    with pytest.raises(ValueError, match=r"gate_up is \[32, 96, 192\], not \[32, 192, 96\]"):
+        layer.forward(x, {**weights, "gate_up": weights["gate_up"].mT})
+    with pytest.raises(RuntimeError, match="no configs for"):
+        Launcher(layer.layer, {"sm_0": next(iter(layer.configs.values()))}).forward(x, weights)
