@@ -1,0 +1,104 @@
+"""Proven optima of small placements by CP-SAT (OR-Tools): what is worth proving, and what the proof is used for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moecc.solvers.placement.balance import Ints
+from moecc.solvers.placement.cpsat import Proof, solve_layers
+from moecc.solvers.placement.home import fan_out, patterns
+from moecc.solvers.placement.layers import Work, remaining
+from moecc.solvers.placement.migrate import summed_hops
+from moecc.solvers.placement.search import TOLERANCE
+
+MAX_EXPERTS, MAX_DEVICES, MAX_PATTERNS = 16, 4, 300
+MAX_MIGRATE_EXPERTS, MAX_MIGRATE_DEVICES, MAX_COUPLED_LAYERS = 6, 3, 3
+IMPORT_ALLOWANCE_S = 1.0
+"""Loading OR-Tools was measured at 0.4 to 0.7 s here and reported at 5 s elsewhere; shorter limits skip the proof."""
+
+
+def prove(work: Work) -> None:
+    """Improve and certify what is small enough; everything else is left as it is."""
+    problem = work.problem
+    everything = range(problem.layers)
+    # Landings couple layers, and so does a cap on their mean: then only all layers together can be proven.
+    coupled = problem.objective == "traffic" and problem.layers > 1
+    coupled &= problem.execution == "migrate" or problem.max_imbalance is not None
+    if coupled and problem.layers > MAX_COUPLED_LAYERS:
+        return
+    groups = [list(everything)] if coupled else [[index] for index in everything]
+    for count, group in enumerate(groups):
+        if not _fits(work, group) or _settled(work, group):
+            continue
+        if remaining(work.clock) < IMPORT_ALLOWANCE_S:
+            work.notes.append("too little time was left for the exact solver")
+            work.clock.cut = True
+            return
+        until = work.clock.slice(len(groups) - count)
+        proof = solve_layers(work, group, until)
+        _use(work, group, proof)
+        work.tick(count + 1, len(groups))
+
+
+def _fits(work: Work, group: Sequence[int]) -> bool:
+    problem = work.problem
+    if problem.objective == "load":
+        return problem.num_experts <= MAX_EXPERTS and problem.devices <= MAX_DEVICES
+    if problem.execution == "migrate":
+        return problem.num_experts <= MAX_MIGRATE_EXPERTS and problem.devices <= MAX_MIGRATE_DEVICES
+    small = problem.num_experts <= MAX_EXPERTS and problem.devices <= MAX_DEVICES
+    return small and sum(len(patterns(work, index)[0]) for index in group) <= MAX_PATTERNS
+
+
+def _settled(work: Work, group: Sequence[int]) -> bool:
+    """Whether the cheap load bound is met already, so that nothing is left to prove."""
+    width = work.problem.slots_per_device
+    layers = [work.layers[index] for index in group]
+    return work.problem.objective == "load" and all(
+        layer.imbalance <= layer.table.lower_bound(width) + TOLERANCE for layer in layers
+    )
+
+
+def _use(work: Work, group: Sequence[int], proof: Proof) -> None:
+    work.exact_layers += len(group)
+    work.proven_infeasible |= proof.infeasible
+    work.clock.cut |= proof.cut
+    if len(group) == 1:
+        work.bounds[group[0]] = proof.bound
+    elif proof.bound is not None:
+        work.proven = proof.bound / (len(group) - (work.problem.execution == "migrate"))
+    if proof.layers is not None:
+        _keep_better(work, group, proof.layers)
+
+
+def _keep_better(work: Work, group: Sequence[int], found: list[tuple[Ints, Ints]]) -> None:
+    saved = [(work.layers[index].experts, work.layers[index].device_of) for index in group]
+    before = _rank(work, group)
+    better = False
+    try:
+        _put(work, group, found)
+        better = _rank(work, group) < before
+    finally:
+        if not better:
+            _put(work, group, saved)
+
+
+def _rank(work: Work, group: Sequence[int]) -> tuple[float, float]:
+    """Imbalance over the cap first, then the group's objective, each rounded so that equal ones compare equal."""
+    problem, cap = work.problem, work.problem.max_imbalance
+    imbalance = float(np.mean([work.layers[index].imbalance for index in group]))
+    over = 0.0 if cap is None or problem.objective == "load" else max(0.0, imbalance - cap)
+    if problem.objective == "load":
+        objective = imbalance
+    elif problem.execution == "home":
+        objective = float(np.mean([fan_out(work, index) for index in group]))
+    else:
+        objective = summed_hops(work)
+    return round(over, 11), round(objective, 11)
+
+
+def _put(work: Work, group: Sequence[int], layers: list[tuple[Ints, Ints]]) -> None:
+    for index, (experts, device_of) in zip(group, layers, strict=True):
+        work.layers[index].experts, work.layers[index].device_of = experts, device_of

@@ -1,0 +1,108 @@
+"""A placement under construction: every layer's best assignment so far, and the phases that improve it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints, LayerLoads, layer_loads
+from moecc.solvers.placement.problem import PlacementProblem
+from moecc.solvers.placement.search import TOLERANCE, Clock, balance_layer
+from moecc.solvers.placement.start import balanced_start, replicate
+
+
+@dataclass(kw_only=True)
+class LayerState:
+    """One layer. experts, device_of: [units]; imbalance: of that assignment."""
+
+    table: LayerLoads
+    experts: Ints
+    device_of: Ints
+
+    @property
+    def imbalance(self) -> float:
+        return DeviceLoads(self.table, self.experts, self.device_of).imbalance
+
+
+@dataclass(kw_only=True)
+class Work:
+    """A solve in progress. caps: [layers], the imbalance each layer may have.
+
+    bounds: proven lower bounds of the layers' objective, where one is known. proven: the whole objective's lower
+    bound, where a method that couples layers found it. exact_layers: how many layers CP-SAT was run on.
+    """
+
+    problem: PlacementProblem
+    clock: Clock
+    layers: list[LayerState]
+    caps: Floats
+    tick: Callable[[int, int], None]
+    bounds: list[float | None] = field(default_factory=list)
+    proven: float | None = None
+    proven_infeasible: bool = False
+    exact_layers: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.problem.seed, *key])
+
+    @property
+    def mean_imbalance(self) -> float:
+        return float(np.mean([layer.imbalance for layer in self.layers]))
+
+
+def begin(problem: PlacementProblem, clock: Clock, tick: Callable[[int, int], None]) -> Work:
+    """Every layer replicated and balanced greedily: a valid placement from the first moment."""
+    layers = []
+    for table in layer_loads(problem):
+        experts = replicate(table.shares @ table.loads, problem.slots, problem.devices)
+        device_of = balanced_start(table, experts, problem.slots_per_device)
+        layers.append(LayerState(table=table, experts=experts, device_of=device_of))
+    caps = np.full(problem.layers, np.inf)
+    return Work(
+        problem=problem, clock=clock, layers=layers, caps=caps, tick=tick, bounds=[None] * problem.layers
+    )
+
+
+def balance(work: Work, *, stop_at: float) -> None:
+    """Lower the imbalance of every layer to `stop_at`, or as far as it goes."""
+    width, total = work.problem.slots_per_device, len(work.layers)
+    for index, layer in enumerate(work.layers):
+        found = balance_layer(
+            layer.table,
+            layer.experts,
+            layer.device_of,
+            floor=max(stop_at, layer.table.lower_bound(width)),
+            rng=work.rng(index, 0),
+            clock=work.clock,
+            until=work.clock.slice(total - index),
+        )
+        layer.device_of = found.device_of
+        work.tick(index + 1, total)
+
+
+def spread_cap(work: Work, cap: float) -> bool:
+    """Give every layer its own cap so that their mean is `cap`; False if the balance reached does not allow it.
+
+    Layers that cannot go lower keep what they reached; the others share the rest evenly (water filling).
+    """
+    reached = np.array([layer.imbalance for layer in work.layers])
+    if reached.mean() > cap + TOLERANCE:
+        work.caps = reached
+        return False
+    level = cap
+    for _ in range(len(reached)):
+        stuck = reached > level
+        if not stuck.any():
+            break
+        level = (cap * len(reached) - reached[stuck].sum()) / max(1, (~stuck).sum())
+    work.caps = np.maximum(reached, level)
+    return True
+
+
+def remaining(clock: Clock) -> float:
+    """Seconds until the deadline."""
+    return clock.deadline - time.monotonic()

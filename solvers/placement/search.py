@@ -1,0 +1,162 @@
+"""Tabu search over swaps of two units of one layer: all swaps are priced at once, the best allowed one is taken."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecc.solvers.placement.balance import DeviceLoads, Ints, LayerLoads
+from moecc.solvers.placement.traffic import SwapTable, TrafficRows
+
+Mask = NDArray[np.bool_]
+TOLERANCE = 1e-12
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Wall time of a solve; `cut` stays true once a search had to stop for it."""
+
+    deadline: float
+    cut: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    def passed(self, deadline: float) -> bool:
+        late = time.monotonic() >= min(deadline, self.deadline)
+        self.cut |= late
+        return late
+
+    def slice(self, parts_left: int) -> float:
+        """The moment until which the next of `parts_left` parts may run: twice its share, as most end by themselves."""
+        now = time.monotonic()
+        return now + max(0.0, self.deadline - now) / max(1.0, parts_left / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """device_of: [units]; cost: the objective of the search; imbalance: of the layer."""
+
+    device_of: Ints
+    cost: float
+    imbalance: float
+
+
+class _Tabu:
+    """A unit that left a device may not return for a random number of steps (Taillard's robust tabu search, 1991)."""
+
+    def __init__(self, units: int, devices: int, rng: np.random.Generator) -> None:
+        self.until = np.zeros((units, devices), np.int64)
+        self.low, self.high = max(2, units // 10), max(4, units // 4)
+        self.rng = rng
+
+    def forbidden(self, units: Ints, device_of: Ints, step: int) -> Mask:
+        """[len(units), all units]: swaps that would bring both units back too early."""
+        held = self.until > step
+        both: Mask = np.logical_and(held[units][:, device_of], held[:, device_of[units]].T)
+        return both
+
+    def leave(self, u: int, v: int, a: int, b: int, step: int) -> None:
+        self.until[u, a] = step + self.rng.integers(self.low, self.high)
+        self.until[v, b] = step + self.rng.integers(self.low, self.high)
+
+
+def same_device(experts: Ints, device_of: Ints, units: Ints, devices: int) -> Mask:
+    """[len(units), all units]: swaps that change nothing or would put two replicas on one device."""
+    same = device_of[units][:, None] == device_of[None, :]
+    if experts[-1] + 1 == len(experts):
+        return same
+    held = np.zeros((int(experts.max()) + 1, devices), np.bool_)
+    held[experts, device_of] = True
+    return np.asarray(same | held[experts[units]][:, device_of] | held[experts][:, device_of[units]].T)
+
+
+def balance_layer(
+    table: LayerLoads,
+    experts: Ints,
+    device_of: Ints,
+    *,
+    floor: float,
+    rng: np.random.Generator,
+    clock: Clock,
+    until: float,
+) -> Found:
+    """Lower the imbalance of a layer; stops at `floor`, after a fixed number of idle steps, or at the clock."""
+    device_of = device_of.copy()
+    loads = DeviceLoads(table, experts, device_of)
+    units, tabu = len(experts), _Tabu(len(experts), table.devices, rng)
+    best, best_devices, idle, step = loads.imbalance, device_of.copy(), 0, 0
+    while best > floor + TOLERANCE and idle < 4 * units + 40 and not clock.passed(until):
+        step += 1
+        # Only a swap with a fullest device can lower the maximum.
+        peak = loads.sums >= loads.sums.max(axis=1, keepdims=True)
+        rows = np.flatnonzero(peak.any(axis=0)[device_of])
+        after, squares = loads.after_swaps(rows, device_of)
+        blocked = same_device(experts, device_of, rows, table.devices)
+        blocked |= tabu.forbidden(rows, device_of, step) & (after >= best - TOLERANCE)
+        score = np.where(blocked, np.inf, after + 0.02 * squares)
+        i, v = divmod(int(score.argmin()), units)
+        if not np.isfinite(score[i, v]):
+            tabu.until[:] = 0
+            idle += 1
+            continue
+        u = int(rows[i])
+        a, b = int(device_of[u]), int(device_of[v])
+        loads.swap(u, v, a, b)
+        device_of[u], device_of[v] = b, a
+        tabu.leave(u, v, a, b, step)
+        idle += 1
+        if loads.imbalance < best - TOLERANCE:
+            best, best_devices, idle = loads.imbalance, device_of.copy(), 0
+    return Found(device_of=best_devices, cost=best, imbalance=best)
+
+
+def reduce_traffic(
+    rows: TrafficRows,
+    table: LayerLoads,
+    device_of: Ints,
+    *,
+    cap: float,
+    budget: int,
+    rng: np.random.Generator,
+    clock: Clock,
+    until: float,
+) -> Found | None:
+    """Lower the traffic of a layer by at most `budget` swaps; None if no assignment within `cap` was met.
+
+    Swaps beyond the cap are allowed at a price that rises while the search is over the cap and falls while it is
+    within, so that it walks along the border.
+    """
+    experts, units = rows.experts, len(rows.experts)
+    swaps = SwapTable(rows, device_of)
+    loads = DeviceLoads(table, experts, device_of)
+    tabu, everyone, price, idle = _Tabu(units, table.devices, rng), np.arange(units), 10.0, 0
+    best: Found | None = None
+    for step in range(budget + 1):
+        if loads.imbalance <= cap + TOLERANCE and (best is None or swaps.cost < best.cost - TOLERANCE):
+            best = Found(device_of=swaps.device_of[:-1].copy(), cost=swaps.cost, imbalance=loads.imbalance)
+            idle = 0
+        if step == budget or idle > budget // 3 or clock.passed(until):
+            break
+        idle += 1
+        device_of = swaps.device_of[:-1]
+        change = swaps.changes()
+        over = np.zeros(1)
+        if np.isfinite(cap):
+            after, _ = loads.after_swaps(everyone, device_of)
+            over = np.maximum(after - cap, 0.0)
+            price = min(price * 1.1, 1e3) if loads.imbalance > cap + TOLERANCE else max(price / 1.1, 0.5)
+        goal = swaps.cost + change >= (best.cost if best else np.inf) - TOLERANCE
+        blocked = same_device(experts, device_of, everyone, table.devices)
+        blocked |= tabu.forbidden(everyone, device_of, step) & (goal | (over > TOLERANCE))
+        score = np.where(blocked, np.inf, change + price * over)
+        u, v = divmod(int(score.argmin()), units)
+        if not np.isfinite(score[u, v]):
+            tabu.until[:] = 0
+            continue
+        a, b = int(device_of[u]), int(device_of[v])
+        swaps.swap(u, v)
+        loads.swap(u, v, a, b)
+        tabu.leave(u, v, a, b, step)
+    return best

@@ -1,0 +1,153 @@
+"""Solve a placement problem: start, balance, search, prove where small, check, certify."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from moecc.errors import MoeccError
+from moecc.solvers.placement.check import Evaluation, evaluate_all, objective_of
+from moecc.solvers.placement.exact import prove
+from moecc.solvers.placement.home import fan_out, group_nodes, search_home
+from moecc.solvers.placement.layers import Work, balance, begin, spread_cap
+from moecc.solvers.placement.migrate import search_migrate, summed_hops
+from moecc.solvers.placement.placement import Certificate, Solution, Status
+from moecc.solvers.placement.problem import PlacementProblem
+from moecc.solvers.placement.search import TOLERANCE, Clock
+from moecc.solvers.placement.start import to_placement
+
+Progress = Callable[[int, int], None]
+
+
+def solve(problem: PlacementProblem, progress: Progress | None = None) -> Solution:
+    """The best placement found within problem.time_limit_s, checked, with a certificate.
+
+    progress is called as progress(steps done, steps of this phase). An interrupt (Ctrl-C) returns the best
+    placement so far. The same problem gives the same answer unless the clock ended the search. Raises MoeccError if
+    the independent check disagrees with the solver.
+    """
+    started = time.monotonic()
+    clock = Clock(deadline=started + problem.time_limit_s)
+    work = begin(problem, clock, progress or _silent)
+    placement = to_placement(problem, [(layer.experts, layer.device_of) for layer in work.layers])
+    timed = time.monotonic()
+    evaluate_all(placement, problem.workloads, problem.execution)
+    # The result is judged once more at the end; that time is kept free.
+    clock.deadline -= 1.2 * (time.monotonic() - timed) + 0.01
+    interrupted = False
+    try:
+        _improve(work)
+    except KeyboardInterrupt:
+        interrupted = True
+    placement = to_placement(problem, [(layer.experts, layer.device_of) for layer in work.layers])
+    evaluation = evaluate_all(placement, problem.workloads, problem.execution)
+    _require_agreement(work, evaluation)
+    if interrupted:
+        work.notes.append("interrupted: the best placement until then")
+    certificate = _certify(work, evaluation, interrupted or clock.cut, started)
+    return Solution(placement=placement, certificate=certificate)
+
+
+def _improve(work: Work) -> None:
+    problem = work.problem
+    reachable = True
+    if problem.objective == "load" or problem.max_imbalance is not None:
+        balance(work, stop_at=1.0)
+    if problem.max_imbalance is not None:
+        reachable = spread_cap(work, problem.max_imbalance)
+    if problem.objective == "traffic" and reachable:
+        if problem.execution == "home":
+            search_home(work)
+        else:
+            search_migrate(work)
+    prove(work)
+    if problem.execution == "home":
+        group_nodes(work)
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _solver_objective(work: Work) -> float:
+    problem = work.problem
+    if problem.objective == "load":
+        return work.mean_imbalance
+    if problem.execution == "home":
+        return float(np.mean([fan_out(work, index) for index in range(problem.layers)]))
+    return summed_hops(work) / max(1, problem.layers - 1)
+
+
+def _require_agreement(work: Work, evaluation: Evaluation) -> None:
+    for what, own, checked in (
+        ("objective", _solver_objective(work), objective_of(evaluation, work.problem)),
+        ("imbalance", work.mean_imbalance, evaluation.imbalance(work.problem.balance)),
+    ):
+        if abs(own - checked) > 1e-9 * max(1.0, abs(checked)):
+            raise MoeccError(
+                f"the solver claims {what} {own!r}, the check finds {checked!r}",
+                where="placement",
+                hint="this is a bug of moecc: please report it with the problem's seed and trace",
+            )
+
+
+def _certify(work: Work, evaluation: Evaluation, cut: bool, started: float) -> Certificate:
+    problem, notes = work.problem, list(work.notes)
+    objective = objective_of(evaluation, problem)
+    imbalance = evaluation.imbalance(problem.balance)
+    bound = _bound(work, objective)
+    if bound is None:
+        notes.append("no useful bound at this size")
+    status: Status = "time_limit" if cut else "feasible"
+    if bound is not None and objective <= bound + 1e-9 * max(1.0, abs(bound)):
+        bound, status = min(bound, objective), "optimal"
+    cap = problem.max_imbalance
+    if cap is not None and imbalance > cap + 1e-9:
+        status = "infeasible"
+        lowest = float(np.mean([layer.table.lower_bound(problem.slots_per_device) for layer in work.layers]))
+        if problem.objective == "load" and bound is not None:
+            lowest = max(lowest, bound)
+        proven = work.proven_infeasible or lowest > cap + 1e-9
+        notes.append(
+            f"max_imbalance {cap:g} is not met: imbalance {imbalance:.6g}; "
+            + ("proven impossible" if proven else "the search found nothing lower, which proves nothing")
+        )
+        if problem.objective == "traffic":
+            bound = None
+    gap = None if bound is None else (0.0 if objective <= 0 else max(0.0, (objective - bound) / objective))
+    return Certificate(
+        objective=objective,
+        bound=bound,
+        gap=gap,
+        status=status,
+        solver=f"tabu swaps + CP-SAT on {work.exact_layers} of {problem.layers} layers"
+        if work.exact_layers
+        else "tabu swaps",
+        wall_s=time.monotonic() - started,
+        seed=problem.seed,
+        note="; ".join(notes),
+    )
+
+
+def _bound(work: Work, objective: float) -> float | None:
+    """The best lower bound known: CP-SAT's, the load bound, or a trivial one where it is met."""
+    problem = work.problem
+    if work.proven is not None:
+        return work.proven
+    if problem.objective == "load":
+        width = problem.slots_per_device
+        return float(
+            np.mean(
+                [
+                    max(layer.table.lower_bound(width), bound or 1.0)
+                    for layer, bound in zip(work.layers, work.bounds, strict=True)
+                ]
+            )
+        )
+    known = [bound for bound in work.bounds if bound is not None]
+    if len(known) == problem.layers:
+        return float(np.mean(known))
+    trivial = -(-problem.top_k // problem.slots_per_device) if problem.execution == "home" else 0
+    return float(trivial) if objective <= trivial + TOLERANCE else None

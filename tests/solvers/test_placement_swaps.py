@@ -1,0 +1,76 @@
+"""Incremental prices of swaps equal recomputation, for both executions, with and without replicas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecc.solvers.placement.balance import DeviceLoads, LayerLoads
+from moecc.solvers.placement.search import same_device
+from moecc.solvers.placement.start import balanced_start, replicate
+from moecc.solvers.placement.traffic import HomeRows, MigrateRows, SwapTable
+
+
+def layer(seed, *, kind, spare):
+    rng = np.random.default_rng(seed)
+    num_experts, devices, top_k, rows = 9, 3, 4, 40
+    slots = num_experts + 3 * spare
+    ids = np.argsort(rng.random((rows, num_experts)), axis=1)[:, :top_k]
+    weight = rng.random(rows)
+    loads = rng.random((2, num_experts))
+    table = LayerLoads(
+        loads=loads / loads.sum(axis=1, keepdims=True) * devices, shares=np.array([0.7, 0.3]), devices=devices
+    )
+    experts = replicate(table.loads[0], slots, devices)
+    device_of = balanced_start(table, experts, slots // devices)
+    if kind == "home":
+        traffic = HomeRows(ids, weight, experts, devices)
+    else:
+        traffic = MigrateRows(ids, weight, experts, devices, rng.integers(0, devices, (rows, 2)))
+    return rng, table, traffic, device_of
+
+
+@pytest.mark.parametrize(
+    ("kind", "spare", "exact"), [("home", 0, 1), ("home", 1, 0), ("migrate", 0, 1), ("migrate", 1, 1)]
+)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_swap_prices_equal_recomputation(kind, spare, exact, seed):
+    rng, table, rows, device_of = layer(seed, kind=kind, spare=spare)
+    swaps, loads = SwapTable(rows, device_of), DeviceLoads(table, rows.experts, device_of)
+    units = np.arange(len(device_of))
+    for _ in range(6):
+        allowed = np.argwhere(~same_device(rows.experts, device_of, units, 3))
+        u, v = (int(x) for x in allowed[rng.integers(len(allowed))])
+        change, before = swaps.changes()[u, v], swaps.cost
+        imbalance, _ = loads.after_swaps(units, device_of)
+        loads.swap(u, v, int(device_of[u]), int(device_of[v]))
+        device_of = device_of.copy()
+        device_of[u], device_of[v] = device_of[v], device_of[u]
+        swaps.swap(u, v)
+        fresh = SwapTable(rows, device_of)
+        assert swaps.cost == pytest.approx(fresh.cost, rel=1e-12)
+        if exact:
+            assert swaps.cost - before == pytest.approx(change, abs=1e-6)
+        np.testing.assert_allclose(swaps.changes(), fresh.changes(), atol=1e-9)
+        assert loads.imbalance == pytest.approx(imbalance[u, v], rel=1e-12)
+        recomputed = DeviceLoads(table, rows.experts, device_of).imbalance
+        assert loads.imbalance == pytest.approx(recomputed, rel=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_start_is_always_a_placement(data):
+    devices, num_experts = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20))
+    low = -(-num_experts // devices)
+    width = data.draw(st.integers(low, num_experts))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    loads = rng.random((1, num_experts)) ** 4
+    table = LayerLoads(loads=loads / loads.sum() * devices, shares=np.ones(1), devices=devices)
+    experts = replicate(table.loads[0], devices * width, devices)
+    device_of = balanced_start(table, experts, width)
+    assert (np.bincount(device_of, minlength=devices) == width).all()
+    assert len(set(zip(experts.tolist(), device_of.tolist(), strict=True))) == devices * width
+    assert set(experts.tolist()) == set(range(num_experts))
