@@ -39,7 +39,6 @@ def inline_model(parsed: InlineModel, document: Document) -> ModelSpec:
         vocab_size=parsed.vocab_size,
         tie_embeddings=parsed.tie_embeddings,
         dtype=parsed.dtype,
-        notes=_notes(parsed),
         source=document.file,
         locations={
             key.removeprefix("model."): where
@@ -120,14 +119,3 @@ def _attention(parsed: AttentionFields, hidden_size: int, layers: int) -> Attent
         sliding_window=parsed.sliding_window,
         window_layers=tuple(range(layers)) if parsed.sliding_window else (),
     )
-
-
-def _notes(parsed: InlineModel) -> tuple[str, ...]:
-    notes = []
-    if parsed.attention is None:
-        notes.append("no attention is given: KV-cache and attention figures are left out")
-    if parsed.dense_layers and parsed.dense_intermediate_size is None:
-        notes.append("no dense_intermediate_size is given: figures of dense layers are left out")
-    if parsed.vocab_size is None:
-        notes.append("no vocab_size is given: figures of embeddings are left out")
-    return tuple(notes)

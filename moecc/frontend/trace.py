@@ -8,7 +8,8 @@ anything is read; nothing is ever unpickled.
 from __future__ import annotations
 
 import lzma
-import os
+import math
+import secrets
 import struct
 import tokenize
 import zipfile
@@ -94,18 +95,20 @@ def save_trace(
     """
     path = Path(path)
     ids, sequences = routing.topk_ids, routing.sequence_ids
-    for what, hint in _problems(ids, routing.num_experts, topk_weights, sequences):
+    with np.errstate(over="ignore"):
+        weights = None if topk_weights is None else topk_weights.astype(np.float16)
+    for what, hint in _problems(ids, routing.num_experts, weights, sequences):
         raise _error(path, what, hint)
     arrays: dict[str, NDArray[Any]] = {
         "topk_ids": ids.astype(np.int16),
         "num_experts": np.array(routing.num_experts),
         "sequence_ids": sequences.astype(np.int32),
     }
-    if topk_weights is not None:
-        arrays["topk_weights"] = topk_weights.astype(np.float16)
+    if weights is not None:
+        arrays["topk_weights"] = weights
     if routing.assumption:
         arrays["assumption"] = np.array(routing.assumption[:MAX_TEXT])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         try:
             with temporary.open("xb") as stream:
@@ -129,7 +132,7 @@ def check_trace(routing: Routing, model: ModelSpec, where: Location | str) -> No
         if have != want:
             kind = "MoE layers" if noun == "layers" else noun
             raise InputError(
-                f"the trace '{routing.name}' has {have} {noun}, the model {model.name} has {want} {kind}",
+                f"the trace '{routing.name}' has {have} {noun}, the model has {want} {kind}",
                 where=where,
                 hint="give a trace that was recorded from this model",
             )
@@ -165,6 +168,9 @@ def _headers(archive: zipfile.ZipFile, path: Path) -> dict[str, _Header]:
         name = info.filename.removesuffix(".npy")
         if name not in _KNOWN or name in headers:
             continue
+        bomb = info.file_size > RATIO_FREE_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1)
+        if bomb or info.file_size > MAX_ARRAY_BYTES + (1 << 16):
+            raise _too_large(path, name, info.file_size)
         with archive.open(info) as stream:
             version = np.lib.format.read_magic(stream)
             read = (
@@ -177,18 +183,15 @@ def _headers(archive: zipfile.ZipFile, path: Path) -> dict[str, _Header]:
             raise _error(
                 path, f"{name} holds pickled Python objects, which are never loaded", "save plain arrays"
             )
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        bomb = info.file_size > RATIO_FREE_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1)
-        if size > MAX_ARRAY_BYTES or info.file_size > MAX_ARRAY_BYTES + (1 << 16) or bomb:
-            raise _error(
-                path,
-                f"{name} would unpack to {max(size, info.file_size)} bytes from {info.compress_size}",
-                "split the trace: an array may take 4 GiB, and compress 200 times at most",
-            )
+        if dtype.itemsize * math.prod(shape) > MAX_ARRAY_BYTES:
+            raise _too_large(path, name, dtype.itemsize * math.prod(shape))
         headers[name] = _Header(shape, dtype)
     return headers
+
+
+def _too_large(path: Path, name: str, size: int) -> InputError:
+    hint = "split the trace: an array may take 4 GiB, and compress 200 times at most"
+    return _error(path, f"{name} would unpack to {size} bytes", hint)
 
 
 _HINTS = {

@@ -233,9 +233,13 @@ def _place(file: str, text: str, position: int) -> Location:
 
 
 _SYNTAX_HINTS = (
-    ("found character '\\t'", "indent with spaces, not tabs"),
-    ("but found another document", "keep one document and remove the line '---'"),
-    ("mapping values are not allowed here", "indent the line, or quote a value that holds ': '"),
+    ("found character '\\t'", "", "indent with spaces, not tabs"),
+    (
+        "but found another document",
+        "a second document begins here",
+        "keep one document and remove the line '---'",
+    ),
+    ("mapping values are not allowed here", "", "indent the line, or quote a value that holds ': '"),
 )
 
 
@@ -243,7 +247,7 @@ def _syntax_error(file: str, error: yaml.MarkedYAMLError) -> InputError:
     mark = error.problem_mark or error.context_mark
     where = Location(file, mark.line + 1, mark.column + 1) if mark else Location(file, 1, 1)
     problem = error.problem or "malformed YAML"
-    for start, hint in _SYNTAX_HINTS:
+    for start, better, hint in _SYNTAX_HINTS:
         if problem.startswith(start):
-            return InputError(problem, where=where, hint=hint)
+            return InputError(better or problem, where=where, hint=hint)
     return InputError(problem, where=where, hint="close quotes and brackets, and indent with spaces")

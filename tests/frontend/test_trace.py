@@ -206,7 +206,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     ),
     "bomb by header": (
         claims((1 << 40, 60, 8)),
-        "topk_ids would unpack to 1055531162664960 bytes from 74; "
+        "topk_ids would unpack to 1055531162664960 bytes; "
         "hint: split the trace: an array may take 4 GiB, and compress 200 times at most",
     ),
 }
@@ -221,8 +221,6 @@ def test_a_malformed_trace_is_one_line(case: str, tmp_path: Path) -> None:
         load_trace(path)
     line = str(caught.value)
     assert caught.value.exit_code == 2
-    if case == "bomb by header":  # the compressed size is zlib's own
-        line = line.replace(line.split("from ")[1].split(";")[0], "74")
     assert line == f"{path}: {want}"
 
 
@@ -292,15 +290,18 @@ def test_a_routing_that_would_not_load_is_not_saved(tmp_path: Path) -> None:
     bad = Routing("t", changed((1, 0, 0), 1), 4, np.zeros(3, np.int32))
     with pytest.raises(InputError, match="twice"):
         save_trace(tmp_path / "t.npz", bad)
+    routing = Routing("t", IDS, 4, np.zeros(3, np.int32))
+    with pytest.raises(InputError, match=r"topk_weights\[0, 1, 0\] is inf"):
+        save_trace(tmp_path / "t.npz", routing, topk_weights=weights(1).astype(np.float32) * IDS * 1e5)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("shape", "what"),
     [
-        ((47, 128, 8), "has 47 layers, the model qwen3-30b-a3b has 48 MoE layers"),
-        ((48, 64, 8), "has 64 experts, the model qwen3-30b-a3b has 128 experts"),
-        ((48, 128, 6), "has 6 experts per token, the model qwen3-30b-a3b has 8 experts per token"),
+        ((47, 128, 8), "has 47 layers, the model has 48 MoE layers"),
+        ((48, 64, 8), "has 64 experts, the model has 128 experts"),
+        ((48, 128, 6), "has 6 experts per token, the model has 8 experts per token"),
     ],
 )
 def test_a_trace_of_another_model_is_refused(shape: tuple[int, int, int], what: str) -> None:
