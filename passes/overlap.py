@@ -15,7 +15,7 @@ from moecc.ir.types import WeightsType
 from moecc.passes.costs import Phase, Situation, op_latency_us, stream_of
 from moecc.passes.manager import Context
 from moecc.passes.routed_path import RoutedPath, routed_path
-from moecc.solvers.schedule import ScheduleProblem, Task, best_split
+from moecc.solvers.schedule import ScheduleProblem, Task, best_split, schedule_json
 
 SPLITS = (1, 2, 4)
 SOLVE_LIMIT_S = 5.0
@@ -102,7 +102,7 @@ def _scheduled(
     candidates = {chunks: distribute(function, chunks, spread) for chunks in splits if chunks <= tokens}
     problems = {chunks: _problem(candidate, situation) for chunks, candidate in candidates.items()}
     decision = best_split(problems, time_limit_s=SOLVE_LIMIT_S)
-    chosen, schedule = candidates[decision.chunks], decision.schedules[decision.chunks]
+    chosen, schedule = candidates[decision.chunks], decision.schedule
     names = _task_names(chosen.ops)
     order = {id(op): (schedule.starts_us.get(names[id(op)], 0.0), i) for i, op in enumerate(chosen.ops)}
     chosen.ops = _in_order(chosen.ops, order)
@@ -110,28 +110,7 @@ def _scheduled(
     chosen.attributes |= {
         "phase": phase,
         "tokens": tokens,
-        "schedule": {
-            "chunks": decision.chunks,
-            "makespan_us": schedule.makespan_us,
-            "bound_us": schedule.bound_us,
-            "status": schedule.status,
-            "serial_us": decision.serial_us,
-            "candidates": [
-                {"chunks": c, "makespan_us": s.makespan_us, "bound_us": s.bound_us, "status": s.status}
-                for c, s in decision.schedules.items()
-            ],
-            "tasks": [
-                {
-                    "name": task.name,
-                    "stream": task.stream,
-                    "start_us": schedule.starts_us[task.name],
-                    "duration_us": task.duration_us,
-                    "after": list(task.after),
-                    "chunk": task.chunk,
-                }
-                for task in problems[decision.chunks].tasks
-            ],
-        },
+        "schedule": schedule_json(problems[decision.chunks], schedule, decision=decision),
     }
     return chosen
 

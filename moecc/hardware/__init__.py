@@ -13,13 +13,7 @@ from moecc.hardware.latency import (
     uniform_distinct,
 )
 from moecc.hardware.load import device_names, load_device, parse_device
-from moecc.hardware.memory import (
-    MemoryUse,
-    device_memory,
-    expert_weight_bytes,
-    gqa_kv_bytes_per_token,
-    mla_kv_bytes_per_token,
-)
+from moecc.hardware.memory import MemoryUse
 from moecc.hardware.spec import DTYPE_BYTES, Cluster, DeviceSpec, Link, Roofline
 
 __all__ = [
@@ -35,13 +29,9 @@ __all__ = [
     "MemoryUse",
     "Roofline",
     "Work",
-    "device_memory",
     "device_names",
-    "expert_weight_bytes",
-    "gqa_kv_bytes_per_token",
     "latency_us",
     "load_device",
-    "mla_kv_bytes_per_token",
     "parse_device",
     "uniform_distinct",
 ]

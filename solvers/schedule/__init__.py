@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from moecc.solvers.schedule.as_json import schedule_json
 from moecc.solvers.schedule.check import check_schedule
 from moecc.solvers.schedule.problem import Schedule, ScheduleProblem, Task, lower_bound_us, serial_makespan
 from moecc.solvers.schedule.solve import solve_schedule
 from moecc.solvers.schedule.split import SplitDecision, best_split
-from moecc.solvers.schedule.trace_events import schedule_json, timeline
 
 __all__ = [
     "Schedule",
@@ -19,5 +19,4 @@ __all__ = [
     "schedule_json",
     "serial_makespan",
     "solve_schedule",
-    "timeline",
 ]

@@ -24,7 +24,6 @@ from moecc.solvers.schedule import (
     serial_makespan,
     solve,
     solve_schedule,
-    timeline,
 )
 
 
@@ -257,20 +256,6 @@ def test_ties_go_to_fewer_chunks() -> None:
     assert best_split({2: two, 1: one}).chunks == 1
     with pytest.raises(InputError):
         best_split({})
-
-
-def test_timeline_holds_every_task_once() -> None:
-    problem = chunked(2)
-    schedule = solve_schedule(problem)
-    trace = json.loads(json.dumps(timeline(problem, schedule)))
-    events = trace["traceEvents"]
-    threads = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    complete = [e for e in events if e["ph"] == "X"]
-    assert {e["name"]: (threads[e["tid"]], e["ts"], e["dur"]) for e in complete} == {
-        t.name: (t.stream, schedule.starts_us[t.name], t.duration_us) for t in problem.tasks
-    }
-    assert len(complete) == len(problem.tasks)
-    assert {e["pid"] for e in events} == {1}
 
 
 def test_schedule_json_carries_the_certificate() -> None:

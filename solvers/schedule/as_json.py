@@ -1,4 +1,4 @@
-"""Schedules as JSON: `schedule.json` for the runtime, trace events for Perfetto and chrome://tracing."""
+"""Schedules as plain data."""
 
 from __future__ import annotations
 
@@ -48,32 +48,3 @@ def _split_json(decision: SplitDecision) -> dict[str, Any]:
         for chunks, schedule in decision.schedules.items()
     }
     return {"chunks": decision.chunks, "unsplit_serial_us": decision.serial_us, "candidates": candidates}
-
-
-def timeline(
-    problem: ScheduleProblem, schedule: Schedule, *, process: str = "predicted step"
-) -> dict[str, Any]:
-    """The schedule in the Trace Event Format: one thread per stream, one complete event per task, in us."""
-    threads = {stream: number for number, stream in enumerate(schedule.order, start=1)}
-    events: list[dict[str, Any]] = [
-        {"name": "process_name", "ph": "M", "pid": 1, "tid": 0, "args": {"name": process}}
-    ]
-    for stream, tid in threads.items():
-        events.append({"name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": {"name": stream}})
-        events.append(
-            {"name": "thread_sort_index", "ph": "M", "pid": 1, "tid": tid, "args": {"sort_index": tid}}
-        )
-    for task in sorted(problem.tasks, key=lambda task: schedule.starts_us[task.name]):
-        events.append(
-            {
-                "name": task.name,
-                "cat": f"chunk {task.chunk}",
-                "ph": "X",
-                "pid": 1,
-                "tid": threads[task.stream],
-                "ts": schedule.starts_us[task.name],
-                "dur": task.duration_us,
-                "args": {"chunk": task.chunk, "after": list(task.after)},
-            }
-        )
-    return {"traceEvents": events, "displayTimeUnit": "ns"}

@@ -1,0 +1,3 @@
+from moecc.cli import main
+
+main()

@@ -1,0 +1,131 @@
+"""Tables on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moecc.solvers.routing_stats import RoutingStats
+
+_MIN_WIDTH = 100
+
+
+def _console() -> Console:
+    """Wide enough for every table where the output is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(_MIN_WIDTH, console.width))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def print_report(report: Mapping[str, Any], output: Path | None) -> None:
+    """The closing table of a compile: placement, predicted steps, kernels, memory, notes."""
+    console = _console()
+    if report["placement"]:
+        console.print(_placement(report["placement"]), "")
+    console.print(_steps(report["steps"]), "")
+    if report["kernels"]:
+        console.print(_kernels(report["kernels"]), "")
+    console.print(_memory(report["memory"]), "")
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False)
+    if output is not None:
+        console.print(f"\n{output} written in {report['seconds']:.1f} s", markup=False)
+
+
+def _placement(placement: Mapping[str, Any]) -> Table:
+    certificate = placement["certificate"]
+    proof = f"{certificate['status']}, {certificate['solver']}, {certificate['wall_s']:.1f} s"
+    held_out = sum(placement["held_out_tokens"].values())
+    table = _table(
+        f"Placement on {held_out:,} held-out tokens ({proof})",
+        "layer",
+        "imbalance before",
+        "after",
+        "devices per token before",
+        "after",
+    )
+    for layer in placement["layers"]:
+        table.add_row(str(layer["layer"]), *_before_after(layer["before"], layer["after"]))
+    table.add_row("mean", *_before_after(placement["before"], placement["after"]), style="bold")
+    if placement["before"]["hops"] or placement["after"]["hops"]:
+        table.add_row(
+            "hops", "", "", f"{placement['before']['hops']:.3f}", f"{placement['after']['hops']:.3f}"
+        )
+    return table
+
+
+def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    return [f"{side[key]:.3f}" for key in ("imbalance", "fan_out") for side in (before, after)]
+
+
+def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table(
+        "Predicted step time", "phase", "tokens/device", "serial ms", "overlapped ms", "bound ms", "chunks"
+    )
+    for step in steps:
+        chunks = ", ".join(f"{f['name']} {f['chunks']}" for f in step["functions"])
+        times = [f"{step[key] / 1e3:.3f}" for key in ("serial_us", "makespan_us", "bound_us")]
+        table.add_row(step["phase"], f"{step['tokens_per_device']:,}", *times, chunks)
+    return table
+
+
+def _kernels(kernels: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ("kernel", "target", "registers", "shared KB", "spill B", "loop instr.", "wgmma")
+    table = _table("Kernels", *columns)
+    for row in kernels:
+        table.add_row(
+            f"{row['set']}.{row['kernel']}",
+            row["target"],
+            str(row["registers"]),
+            f"{row['shared_bytes'] / 1024:.1f}",
+            str(row["spill_bytes"]),
+            str(row["loop_instructions"]),
+            "yes" if row["uses_wgmma"] else "",
+        )
+    return table
+
+
+def _memory(memory: Mapping[str, Any]) -> Table:
+    table = _table("Memory of one device", "part", "GB")
+    for key in ("weights_bytes", "kv_cache_bytes", "workspace_bytes", "used_bytes", "capacity_bytes"):
+        name = key.removesuffix("_bytes").replace("kv_cache", "KV cache")
+        table.add_row(name, f"{memory[key] / 1e9:.2f}", style="bold" if key == "used_bytes" else "")
+    return table
+
+
+def print_trace_stats(stats: Sequence[RoutingStats]) -> None:
+    """One row a trace, means over layers."""
+    table = _table(
+        "Routing, means over layers",
+        "trace",
+        "tokens",
+        "sequences",
+        "layers",
+        "top k of",
+        "load skew",
+        "entropy bits",
+        "co-activation",
+        "adjacent bits",
+    )
+    for s in stats:
+        table.add_row(
+            s.name,
+            f"{s.tokens:,}",
+            f"{s.sequences:,}",
+            str(len(s.load_skew)),
+            f"{s.top_k} of {s.experts}",
+            *(f"{fmean(x):.3f}" for x in (s.load_skew, s.load_entropy_bits, s.co_activation)),
+            f"{fmean(s.adjacent_information_bits):.3f}" if s.adjacent_information_bits else "-",
+        )
+    _console().print(table)

@@ -1,0 +1,52 @@
+"""moecc trace"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Record routing traces and look at them.", no_args_is_help=True)
+
+
+@app.command("record")
+def record_command(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a transformers checkpoint.", show_default=False)
+    ],
+    inputs: Annotated[list[Path], typer.Option("--input", help="Text file or folder, repeatable.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .npz to write.")],
+    name: Annotated[str, typer.Option(help="Name of the workload; the file's otherwise.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens to record.")] = 16384,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of one sequence.")] = 256,
+) -> None:
+    """Run text through a model and record which experts every token chose."""
+    from moecc.frontend.trace import save_trace
+    from moecc.integrations.routing_recorder import record
+
+    routing = record(
+        checkpoint, inputs, tokens=tokens, sequence_length=sequence_length, name=name or output.stem
+    )
+    save_trace(output, routing)
+    tokens_seen, layers, top_k = routing.topk_ids.shape
+    typer.echo(f"{output}: {tokens_seen} tokens, {layers} layers, top {top_k} of {routing.num_experts}")
+
+
+@app.command("stats")
+def stats_command(
+    traces: Annotated[list[Path], typer.Argument(help="Traces.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
+) -> None:
+    """Say how skewed and how structured the routing of traces is."""
+    from moecc.cli.tables import print_trace_stats
+    from moecc.frontend.trace import load_trace
+    from moecc.solvers.routing_stats import routing_stats
+
+    stats = [routing_stats(load_trace(path)) for path in traces]
+    if as_json:
+        typer.echo(json.dumps([asdict(s) for s in stats], indent=1))
+    else:
+        print_trace_stats(stats)

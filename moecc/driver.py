@@ -1,0 +1,103 @@
+"""The compiler, from a spec to an artifact: import, PIPELINE, kernels, predictions, files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecc.artifact import Artifact, check_destination, sha256, write_artifact
+from moecc.build import BuiltKernels, build_kernels
+from moecc.codegen.layers import kernel_sets
+from moecc.codegen.targets import find_target
+from moecc.errors import InputError
+from moecc.frontend.spec import CompileSpec, locate
+from moecc.frontend.to_ir import import_model
+from moecc.frontend.workloads import workloads
+from moecc.hardware import Cluster, load_device
+from moecc.ir.core import Module
+from moecc.ir.printer import print_module
+from moecc.ir.verifier import verify
+from moecc.passes.manager import Context, run_passes
+from moecc.passes.pipeline import PIPELINE
+from moecc.report import device_memory_use, report
+from moecc.timeline import schedules, timeline
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The artifact (None where the model does not fit the devices) and the figures of the closing table."""
+
+    artifact: Artifact | None
+    report: Mapping[str, Any]
+
+
+def compile_model(
+    spec: CompileSpec, output: Path, progress: Progress = lambda stage, done, total: None
+) -> Compiled:
+    """Compiles `spec` into the artifact folder `output`, all or nothing.
+
+    progress(stage, done, total) is told what happens; total 0 means that nobody can tell how much is left.
+    Raises InputError for wrong input, MoeccError for work that failed; what stood at `output` is then untouched.
+    """
+    started = time.monotonic()
+    check_destination(output)
+    cluster, targets = _hardware(spec)
+    routings = workloads(spec)
+    module = import_model(spec)
+    verify(module)
+    files: dict[str, str | bytes] = {"ir/00-import.moe": print_module(module)}
+
+    def keep(name: str, module: Module) -> None:
+        files[f"ir/{len(files):02}-{name}.moe"] = print_module(module)
+
+    run_passes(module, PIPELINE, Context(workloads=routings, progress=progress), keep)
+    memory = device_memory_use(module, cluster.device)
+    built = BuiltKernels()
+    if memory.fits:
+        built = build_kernels(kernel_sets(module), targets, progress)
+    figures = report(module, cluster, memory, built, seconds=lambda: time.monotonic() - started)
+    if not memory.fits:
+        return Compiled(None, figures)
+    files |= built.files
+    files |= {
+        "schedule.json": _json(schedules(module)),
+        "timeline.json": _json(timeline(module)),
+        "report.json": _json(figures),
+    }
+    if "placement" in module.attributes:
+        files["placement.json"] = _json(module.attributes["placement"])
+    progress("write", 0, 0)
+    return Compiled(write_artifact(output, files, _inputs(spec)), figures)
+
+
+def _hardware(spec: CompileSpec) -> tuple[Cluster, tuple[str, ...]]:
+    where = locate(spec.locations, "cluster.device", spec.source)
+    try:
+        device = load_device(spec.cluster.device)
+    except InputError as error:
+        raise InputError(error.message, where=where, hint=error.hint) from None
+    targets = spec.targets or (device.target,)
+    for target in targets:
+        try:
+            find_target(target)
+        except InputError as error:
+            where = locate(spec.locations, "targets", where)
+            raise InputError(error.message, where=where, hint=error.hint) from None
+    cluster = Cluster(device=device, nodes=spec.cluster.nodes, devices_per_node=spec.cluster.devices_per_node)
+    return cluster, tuple(dict.fromkeys(targets))
+
+
+def _inputs(spec: CompileSpec) -> dict[str, str]:
+    """Digests of the files that were compiled, by name without folder: an artifact names no machine's paths."""
+    files = [Path(spec.source), Path(spec.model.source), *(w.trace for w in spec.workloads if w.trace)]
+    return {file.name: sha256(file.read_bytes()) for file in files if file.is_file()}
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"), allow_nan=False) + "\n"

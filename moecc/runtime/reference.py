@@ -1,0 +1,93 @@
+"""The layer in float64, written from the definitions: what kernels are judged against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moecc.codegen.config import LayerShape
+from moecc.ir.semantics import Activation, Router
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Scores that routing rests on, float64 [tokens, experts]: those that select, and those that weight."""
+
+    selecting: Tensor
+    weighting: Tensor
+
+
+def logits(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """Router logits in float64: x [tokens, hidden] -> [tokens, experts]."""
+    scores = x.double() @ weights["gate"].double().T
+    return scores + weights["router_bias"].double() if "router_bias" in weights else scores
+
+
+def select(router: Router, scores: Tensor, correction_bias: Tensor | None) -> Selection:
+    """Steps 1 to 3 of `Router`: experts outside the chosen groups select with -inf."""
+    if router.select_first:
+        return Selection(scores, scores)
+    weighting = scores.sigmoid() if router.score == "sigmoid" else scores.softmax(-1)
+    selecting = weighting + correction_bias.double() if correction_bias is not None else weighting
+    if router.groups > 1:
+        grouped = selecting.unflatten(-1, (router.groups, -1))
+        best = grouped.topk(2, -1).values.sum(-1) if router.group_score == "top2_sum" else grouped.amax(-1)
+        keep = torch.zeros_like(best, dtype=torch.bool).scatter(
+            -1, best.topk(router.top_groups, -1).indices, True
+        )
+        selecting = grouped.masked_fill(~keep[..., None], -torch.inf).flatten(-2)
+    return Selection(selecting, weighting)
+
+
+def routing_weights(router: Router, selection: Selection, ids: Tensor) -> Tensor:
+    """Steps 4 and 5 of `Router` for given ids [tokens, top_k]: weights in float64."""
+    chosen = selection.weighting.gather(-1, ids.long())
+    if router.select_first:
+        return (chosen.sigmoid() if router.score == "sigmoid" else chosen.softmax(-1)) * router.scale
+    if router.normalize:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + router.norm_eps).clamp(min=router.norm_min)
+    return chosen * router.scale
+
+
+def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    if activation.kind == "clamped_swiglu":
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
+    squash = torch.nn.functional.silu if activation.kind == "silu_glu" else torch.nn.functional.gelu
+    return squash(gate) * up
+
+
+def experts(
+    x: Tensor, ids: Tensor, topk_weights: Tensor, weights: Mapping[str, Tensor], activation: Activation
+) -> Tensor:
+    """Sum over a token's experts of weight * down(activation(gate_up(x))): [tokens, hidden] in float64."""
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for expert in ids.unique().tolist():
+        if not 0 <= expert < len(weights["gate_up"]):
+            continue
+        tokens, slots = torch.nonzero(ids == expert, as_tuple=True)
+        hidden = x[tokens].double() @ weights["gate_up"][expert].double().T
+        if "gate_up_bias" in weights:
+            hidden = hidden + weights["gate_up_bias"][expert].double()
+        gate, up = hidden.chunk(2, -1)
+        rows = activate(activation, gate, up) @ weights["down"][expert].double().T
+        if "down_bias" in weights:
+            rows = rows + weights["down_bias"][expert].double()
+        out.index_add_(0, tokens, rows * topk_weights[tokens, slots, None].double())
+    return out
+
+
+def selection_error(shape: LayerShape, selection: Selection, ids: Tensor) -> float:
+    """By how much the worst selected expert falls short of the best one left out; 0 for a correct top-k.
+
+    Rounding may swap two experts whose scores are all but equal: the shortfall is then tiny.
+    """
+    chosen = torch.zeros_like(selection.selecting, dtype=torch.bool).scatter(
+        -1, ids[:, : shape.top_k].long(), True
+    )
+    worst = selection.selecting.masked_fill(~chosen, torch.inf).amin(-1)
+    best_left = selection.selecting.masked_fill(chosen, -torch.inf).amax(-1)
+    return float((best_left - worst).clamp(min=0).max()) if len(ids) else 0.0
