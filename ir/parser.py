@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ _TOKEN = re.compile(
     | (?P<punctuation>[(){}\[\]=:,])""",
     re.VERBOSE,
 )
+_KINDS = {
+    "value": "a value such as %x",
+    "symbol": "a name such as @f",
+    "word": "a word",
+    "string": "a text in quotes",
+    "number": "a number",
+    "type": "a type such as tokens<T x 8 x float32>",
+    "end": "the end",
+}
 _WORDS = {"true": True, "false": False, "null": None}
 _MAX_DEPTH = 64
 T = TypeVar("T")
@@ -59,6 +69,13 @@ def _tokenize(text: str, file: str) -> Iterator[_Token]:
     yield _Token("end", "end of text", Location(file, line, position - line_start + 1))
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
 class _Parser:
     def __init__(self, tokens: list[_Token], file: str) -> None:
         self.tokens, self.file, self.position = tokens, file, 0
@@ -75,7 +92,7 @@ class _Parser:
         """The next token, which must be of a kind or a text in `expected`."""
         token = self.next
         if token.kind not in expected and token.text not in expected:
-            wanted = " or ".join(repr(e) if len(e) == 1 else e for e in expected)
+            wanted = " or ".join(_KINDS.get(e, repr(e)) for e in expected)
             raise InputError(
                 f"expected {wanted}, found {token.text!r}", where=token.at, hint="see docs/ir.md"
             )
@@ -239,7 +256,7 @@ class _Parser:
 
     def literal(self, token: _Token) -> Any:
         try:
-            return json.loads(token.text)
+            return json.loads(token.text, parse_float=_finite)
         except ValueError:
             message = f"malformed {token.kind} {token.text[:40]}"
             raise InputError(message, where=token.at, hint="write it as in JSON") from None

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -126,13 +125,13 @@ def _lock(path: Path) -> int:
 
 def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:
     _recover(folder)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    fresh = folder.parent / f".{folder.name}.new-{os.getpid()}"
+    fresh.mkdir()
     try:
         for name, content in contents.items():
             path = fresh / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        fresh.chmod(0o755)
         check_destination(folder)
         old = folder.parent / f".{folder.name}.old"
         if folder.exists():
