@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import cast, get_args
+from typing import cast
 
 from moecc.ir.core import Op, attr, operand, operands, optional, optional_result, result, results
-from moecc.ir.semantics import Activation, ActivationKind, GroupScore, Router, Score
+from moecc.ir.op_checks import (
+    ActivationFields,
+    RouterFields,
+    check_experts,
+    check_router,
+    require_expert_bias,
+    require_same,
+    require_vector,
+    routing_of,
+    tokens_of,
+    weights_of,
+)
 from moecc.ir.types import (
-    DTYPE_BYTES,
     PlanType,
     RoutingType,
     TensorType,
@@ -18,88 +28,6 @@ from moecc.ir.types import (
     fixed,
     parse_type,
 )
-
-
-class RouterFields:
-    """The attributes of `Router`, for the ops that route."""
-
-    top_k = attr(int, min=1, max=256)
-    score = attr(str, default="softmax", one_of=get_args(Score))
-    select_first = attr(bool, default=False)
-    selection_bias = attr(bool, default=False)
-    groups = attr(int, default=1, min=1)
-    top_groups = attr(int, default=1, min=1)
-    group_score = attr(str, default="max", one_of=get_args(GroupScore))
-    normalize = attr(bool, default=False)
-    norm_eps = attr(float, default=0.0, min=0)
-    norm_min = attr(float, default=0.0, min=0)
-    scale = attr(float, default=1.0)
-
-
-ROUTER_ATTRIBUTES = tuple(name for name in vars(RouterFields) if not name.startswith("_") and name != "top_k")
-
-
-class ActivationFields:
-    """The attributes of `Activation`, for the ops that hold an expert's gate-up GEMM."""
-
-    activation = attr(str, default="silu_glu", one_of=get_args(ActivationKind))
-    alpha = attr(float, default=1.702)
-    limit = attr(float, default=7.0)
-
-
-ACTIVATION_ATTRIBUTES = ("activation", "alpha", "limit")
-
-
-def router_of(op: Op) -> Router:
-    """The `Router` that a routing op declares."""
-    return Router(**{name: op.attributes[name] for name in ROUTER_ATTRIBUTES})
-
-
-def activation_of(op: Op) -> Activation:
-    """The `Activation` that an experts op declares."""
-    kind = cast(ActivationKind, op.attributes["activation"])
-    return Activation(kind=kind, alpha=op.attributes["alpha"], limit=op.attributes["limit"])
-
-
-def _tokens(op: Op, name: str = "x") -> TokensType:
-    return cast(TokensType, op.operands[name][0].type)
-
-
-def _weights(op: Op, name: str, rank: int) -> WeightsType:
-    weights = cast(WeightsType, op.operands[name][0].type)
-    if len(weights.shape) != rank:
-        raise op.fail(f"{name} must have {rank} dimensions, not {weights}")
-    return weights
-
-
-def _routing(op: Op, name: str = "routing") -> RoutingType:
-    return cast(RoutingType, op.operands[name][0].type)
-
-
-def _same(op: Op, what: str, left: object, right: object) -> None:
-    if left != right:
-        raise op.fail(f"{what} disagree: {left} and {right}")
-
-
-def _vector(op: Op, name: str, size: int) -> None:
-    if name in op.operands:
-        _same(op, f"sizes of {name}", _weights(op, name, 1).shape[0], size)
-
-
-def _check_router(op: Op, experts: int) -> None:
-    top_k, groups, top_groups = (op.attributes[name] for name in ("top_k", "groups", "top_groups"))
-    if top_k > experts:
-        raise op.fail(f"top_k {top_k} is larger than experts {experts}", f"top_k must be in [1, {experts}]")
-    if experts % groups or top_groups > groups:
-        raise op.fail(
-            f"{experts} experts cannot be limited to {top_groups} of {groups} groups",
-            "groups must divide experts, and top_groups must not exceed groups",
-        )
-    if top_k > experts // groups * top_groups:
-        raise op.fail(f"top_k {top_k} is larger than the experts of {top_groups} groups")
-    if op.attributes["selection_bias"] != ("correction_bias" in op.operands):
-        raise op.fail("selection_bias must be true exactly where a correction_bias is given")
-    _vector(op, "correction_bias", experts)
 
 
 class Attention(Op, mnemonic="attn.opaque"):
@@ -131,8 +59,8 @@ class DenseMlp(Op, mnemonic="dense.mlp"):
     dense = result()
 
     def infer(self) -> tuple[Type]:
-        _same(self, "hidden sizes", _tokens(self).hidden, _weights(self, "gate_up", 2).shape[1])
-        _same(self, "hidden sizes", _tokens(self).hidden, _weights(self, "down", 2).shape[0])
+        require_same(self, "hidden sizes", tokens_of(self).hidden, weights_of(self, "gate_up", 2).shape[1])
+        require_same(self, "hidden sizes", tokens_of(self).hidden, weights_of(self, "down", 2).shape[0])
         return (self.x.type,)
 
 
@@ -145,10 +73,10 @@ class Gate(Op, mnemonic="moe.gate"):
     logits = result()
 
     def infer(self) -> tuple[Type]:
-        experts, hidden = _weights(self, "weight", 2).shape
-        _same(self, "hidden sizes", _tokens(self).hidden, hidden)
-        _vector(self, "bias", experts)
-        return (TensorType((_tokens(self).rows, fixed(experts)), "float32"),)
+        experts, hidden = weights_of(self, "weight", 2).shape
+        require_same(self, "hidden sizes", tokens_of(self).hidden, hidden)
+        require_vector(self, "bias", experts)
+        return (TensorType((tokens_of(self).rows, fixed(experts)), "float32"),)
 
 
 class Route(RouterFields, Op, mnemonic="moe.route"):
@@ -160,7 +88,7 @@ class Route(RouterFields, Op, mnemonic="moe.route"):
 
     def infer(self) -> tuple[Type]:
         tokens, experts = cast(TensorType, self.logits.type).shape
-        _check_router(self, int(experts.coefficient))
+        check_router(self, int(experts.coefficient))
         return (RoutingType(tokens, Fraction(self.top_k), int(experts.coefficient)),)
 
 
@@ -172,7 +100,7 @@ class Split(Op, mnemonic="tensor.split"):
     chunks = attr(int, min=2, max=64)
 
     def infer(self) -> tuple[Type, ...]:
-        whole = _tokens(self)
+        whole = tokens_of(self)
         part = TokensType(whole.rows.times(Fraction(1, self.chunks)), whole.hidden, whole.dtype)
         return (part,) * self.chunks
 
@@ -195,14 +123,14 @@ class AllToAll(Op, mnemonic="comm.all_to_all"):
     node_fan_out = attr(float, min=0)
 
     def infer(self) -> tuple[Type, Type | None]:
-        home = _routing(self)
+        home = routing_of(self)
         if self.direction == "combine":
-            return TokensType(home.tokens, _tokens(self).hidden, _tokens(self).dtype), None
-        _same(self, "token counts", _tokens(self).rows, home.tokens)
+            return TokensType(home.tokens, tokens_of(self).hidden, tokens_of(self).dtype), None
+        require_same(self, "token counts", tokens_of(self).rows, home.tokens)
         spread = max(Fraction(self.fan_out).limit_denominator(64), Fraction(1))
         rows = home.tokens.times(spread)
         return (
-            TokensType(rows, _tokens(self).hidden, _tokens(self).dtype),
+            TokensType(rows, tokens_of(self).hidden, tokens_of(self).dtype),
             RoutingType(rows, home.top_k / spread, self.slots),
         )
 
@@ -227,21 +155,8 @@ class Dispatch(Op, mnemonic="moe.dispatch"):
     rows = result()
 
     def infer(self) -> tuple[Type]:
-        _same(self, "token counts", _tokens(self).rows, _routing(self).tokens)
-        return (TokensType(_routing(self).assignments, _tokens(self).hidden, _tokens(self).dtype),)
-
-
-def _check_experts(op: Op, hidden: int, experts: int) -> int:
-    count, two_intermediate, gate_hidden = _weights(op, "gate_up", 3).shape
-    _same(op, "expert counts", count, experts)
-    _same(op, "hidden sizes", hidden, gate_hidden)
-    _vector_of_experts(op, "gate_up_bias", (experts, two_intermediate))
-    return two_intermediate // 2
-
-
-def _vector_of_experts(op: Op, name: str, shape: tuple[int, int]) -> None:
-    if name in op.operands:
-        _same(op, f"shapes of {name}", _weights(op, name, 2).shape, shape)
+        require_same(self, "token counts", tokens_of(self).rows, routing_of(self).tokens)
+        return (TokensType(routing_of(self).assignments, tokens_of(self).hidden, tokens_of(self).dtype),)
 
 
 class Experts(ActivationFields, Op, mnemonic="moe.experts"):
@@ -256,10 +171,12 @@ class Experts(ActivationFields, Op, mnemonic="moe.experts"):
     outputs = result()
 
     def infer(self) -> tuple[Type]:
-        rows, experts = _tokens(self, "rows"), _routing(self).experts
-        intermediate = _check_experts(self, rows.hidden, experts)
-        _same(self, "shapes of down", _weights(self, "down", 3).shape, (experts, rows.hidden, intermediate))
-        _vector_of_experts(self, "down_bias", (experts, rows.hidden))
+        rows, experts = tokens_of(self, "rows"), routing_of(self).experts
+        intermediate = check_experts(self, rows.hidden, experts)
+        require_same(
+            self, "shapes of down", weights_of(self, "down", 3).shape, (experts, rows.hidden, intermediate)
+        )
+        require_expert_bias(self, "down_bias", (experts, rows.hidden))
         return (rows,)
 
 
@@ -271,8 +188,8 @@ class Combine(Op, mnemonic="moe.combine"):
     combined = result()
 
     def infer(self) -> tuple[Type]:
-        rows, routing = _tokens(self, "rows"), _routing(self)
-        _same(self, "row counts", rows.rows, routing.assignments)
+        rows, routing = tokens_of(self, "rows"), routing_of(self)
+        require_same(self, "row counts", rows.rows, routing.assignments)
         return (TokensType(routing.tokens, rows.hidden, rows.dtype),)
 
 
@@ -285,9 +202,11 @@ class SharedExpert(ActivationFields, Op, mnemonic="moe.shared_expert"):
     shared = result()
 
     def infer(self) -> tuple[Type]:
-        count, two_intermediate, hidden = _weights(self, "gate_up", 3).shape
-        _same(self, "hidden sizes", _tokens(self).hidden, hidden)
-        _same(self, "shapes of down", _weights(self, "down", 3).shape, (count, hidden, two_intermediate // 2))
+        count, two_intermediate, hidden = weights_of(self, "gate_up", 3).shape
+        require_same(self, "hidden sizes", tokens_of(self).hidden, hidden)
+        require_same(
+            self, "shapes of down", weights_of(self, "down", 3).shape, (count, hidden, two_intermediate // 2)
+        )
         return (self.x.type,)
 
 
@@ -301,7 +220,7 @@ class Residual(Op, mnemonic="moe.residual"):
         if not self.parts:
             raise self.fail("needs at least one part")
         for part in self.parts:
-            _same(self, "types of the parts", part.type, self.parts[0].type)
+            require_same(self, "types of the parts", part.type, self.parts[0].type)
         return (self.parts[0].type,)
 
 
@@ -335,11 +254,11 @@ class FusedRouter(RouterFields, Op, mnemonic="moe.router"):
     sort = attr(bool, default=False)
 
     def infer(self) -> tuple[Type, Type | None]:
-        experts, hidden = _weights(self, "weight", 2).shape
-        _same(self, "hidden sizes", _tokens(self).hidden, hidden)
-        _vector(self, "bias", experts)
-        _check_router(self, experts)
-        routing = RoutingType(_tokens(self).rows, Fraction(self.top_k + self.shared), experts + self.shared)
+        experts, hidden = weights_of(self, "weight", 2).shape
+        require_same(self, "hidden sizes", tokens_of(self).hidden, hidden)
+        require_vector(self, "bias", experts)
+        check_router(self, experts)
+        routing = RoutingType(tokens_of(self).rows, Fraction(self.top_k + self.shared), experts + self.shared)
         return routing, PlanType(routing.assignments, routing.experts) if self.sort else None
 
 
@@ -350,7 +269,7 @@ class Plan(Op, mnemonic="moe.plan"):
     plan = result()
 
     def infer(self) -> tuple[Type]:
-        return (PlanType(_routing(self).assignments, _routing(self).experts),)
+        return (PlanType(routing_of(self).assignments, routing_of(self).experts),)
 
 
 class GateUp(ActivationFields, Op, mnemonic="moe.gate_up"):
@@ -364,8 +283,8 @@ class GateUp(ActivationFields, Op, mnemonic="moe.gate_up"):
 
     def infer(self) -> tuple[Type]:
         plan = cast(PlanType, self.plan.type)
-        intermediate = _check_experts(self, _tokens(self).hidden, plan.experts)
-        return (TokensType(plan.rows, intermediate, _tokens(self).dtype),)
+        intermediate = check_experts(self, tokens_of(self).hidden, plan.experts)
+        return (TokensType(plan.rows, intermediate, tokens_of(self).dtype),)
 
 
 class DownCombine(Op, mnemonic="moe.down_combine"):
@@ -379,11 +298,11 @@ class DownCombine(Op, mnemonic="moe.down_combine"):
     combined = result()
 
     def infer(self) -> tuple[Type]:
-        rows, routing = _tokens(self, "rows"), _routing(self)
-        experts, hidden, intermediate = _weights(self, "down", 3).shape
-        _same(self, "intermediate sizes", rows.hidden, intermediate)
-        _same(self, "expert counts", experts, routing.experts)
-        _vector_of_experts(self, "down_bias", (experts, hidden))
+        rows, routing = tokens_of(self, "rows"), routing_of(self)
+        experts, hidden, intermediate = weights_of(self, "down", 3).shape
+        require_same(self, "intermediate sizes", rows.hidden, intermediate)
+        require_same(self, "expert counts", experts, routing.experts)
+        require_expert_bias(self, "down_bias", (experts, hidden))
         return (TokensType(routing.tokens, hidden, rows.dtype),)
 
 
@@ -431,20 +350,3 @@ OPS: tuple[type[Op], ...] = (
     Launch,
 )
 BY_MNEMONIC = {op.mnemonic: op for op in OPS}
-
-
-def bytes_at(type: Type, tokens: int) -> float:
-    """Size of a value in memory when T is `tokens`: ids and weights of a routing are 4 bytes each."""
-    if isinstance(type, TokensType):
-        return type.rows.at(tokens) * type.hidden * DTYPE_BYTES[type.dtype]
-    if isinstance(type, TensorType):
-        size = float(DTYPE_BYTES[type.dtype])
-        for extent in type.shape:
-            size *= extent.at(tokens)
-        return size
-    if isinstance(type, WeightsType):
-        return type.bytes
-    if isinstance(type, RoutingType):
-        return type.assignments.at(tokens) * 8
-    plan = cast(PlanType, type)
-    return plan.rows.at(tokens) * 4 + (plan.experts + 1) * 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import cast
 
 from moecc.ir.core import Function, Module, Op, Value
+from moecc.ir.op_checks import ACTIVATION_ATTRIBUTES
 from moecc.ir.ops import (
-    ACTIVATION_ATTRIBUTES,
     Combine,
     Dispatch,
     DownCombine,

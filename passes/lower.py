@@ -8,9 +8,8 @@ from typing import Any, cast
 
 from moecc.errors import InputError
 from moecc.ir.core import Function, Module, Op, Value
+from moecc.ir.op_checks import ACTIVATION_ATTRIBUTES, ROUTER_ATTRIBUTES
 from moecc.ir.ops import (
-    ACTIVATION_ATTRIBUTES,
-    ROUTER_ATTRIBUTES,
     Alloc,
     DownCombine,
     FusedRouter,
@@ -18,10 +17,9 @@ from moecc.ir.ops import (
     Launch,
     Plan,
     SharedExpert,
-    bytes_at,
 )
 from moecc.ir.rewriter import replace_values
-from moecc.ir.types import PlanType, RoutingType, TokensType, Type, WeightsType
+from moecc.ir.types import PlanType, RoutingType, TokensType, Type, WeightsType, bytes_at
 from moecc.passes.manager import Context
 
 ONE_LAUNCH_TOKENS = 1024  # beyond, scattering the sorted rows and combining are launches of their own

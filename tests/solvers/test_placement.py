@@ -299,6 +299,19 @@ def test_progress_counts_up_to_its_total():
     assert len({total for _, total in calls}) == 1
 
 
+@pytest.mark.parametrize(("objective", "width"), [("traffic", 4), ("traffic", 5), ("load", 5)])
+def test_an_unfinished_proof_keeps_a_true_bound_and_is_repeatable(monkeypatch, objective, width):
+    monkeypatch.setattr("moecc.solvers.placement.exact.WORK", 0.1)
+    workloads = [assumed_routing("zipf", layers=1, experts=16, top_k=3, tokens=60, alpha=0.4)]
+    problem = problem_of(workloads, devices=4, width=width, objective=objective)
+    first, second = solve(problem), solve(problem)
+    assert first.certificate.bound is not None
+    assert 1 <= first.certificate.bound <= first.certificate.objective
+    assert first.certificate.status in ("feasible", "optimal")
+    assert first.certificate.bound == second.certificate.bound
+    assert np.array_equal(first.placement.physical_to_logical, second.placement.physical_to_logical)
+
+
 def skewed(experts=32, top_k=2, tokens=400):
     """Expert 0 is chosen by every token."""
     rng = np.random.default_rng(0)
