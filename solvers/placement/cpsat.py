@@ -17,8 +17,10 @@ from moecc.solvers.placement.home import patterns
 from moecc.solvers.placement.layers import LayerState, Work
 from moecc.solvers.placement.traffic import token_weights
 
-WORK_PER_MODEL = 4.0
-"""CP-SAT's deterministic seconds: ends a proof that is out of reach at the same point on every machine."""
+WORK = 8.0
+"""CP-SAT's deterministic seconds for all models of a problem together.
+
+They end a proof that is out of reach at the same point on every machine."""
 LARGEST_EXACT = 2**40
 
 
@@ -59,10 +61,11 @@ class _Build:
         return self.work.problem.slots > self.work.problem.num_experts
 
 
-def solve_layers(work: Work, group: Sequence[int], until: float) -> Proof:
+def solve_layers(work: Work, group: Sequence[int], effort: float, until: float) -> Proof:
     """The best placement of some layers under the problem's objective and cap, and a bound.
 
-    The cap is on the mean over the layers given. Replicas: `home` traffic counts a smallest cover here, never more
+    effort: CP-SAT's deterministic seconds; until: the moment of the wall clock to stop at. The cap is on the mean
+    over the layers given. Replicas: `home` traffic counts a smallest cover here, never more
     than the greedy one that the problem defines, so the bound holds for that too.
     """
     from ortools.sat.python import cp_model
@@ -88,7 +91,7 @@ def solve_layers(work: Work, group: Sequence[int], until: float) -> Proof:
     build.model.minimize(
         sum(c * variable for c, (variable, _, _) in zip(scaled.integers, terms, strict=True))
     )
-    return _run(build, scaled.scale, until)
+    return _run(build, scaled.scale, effort, until)
 
 
 def scale_to_integers(numbers: Sequence[float]) -> Scaled:
@@ -234,13 +237,13 @@ def _land(build: _Build, experts: list[int], holds: list[list[Any]]) -> list[Any
     return land
 
 
-def _run(build: _Build, scale: int, until: float) -> Proof:
+def _run(build: _Build, scale: int, effort: float, until: float) -> Proof:
     from ortools.sat.python import cp_model
 
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = build.work.problem.seed % 2**31
-    solver.parameters.max_deterministic_time = WORK_PER_MODEL
+    solver.parameters.max_deterministic_time = effort
     limit_s = max(0.05, until - time.monotonic())
     solver.parameters.max_time_in_seconds = limit_s
     status = solver.solve(build.model)
@@ -252,7 +255,7 @@ def _run(build: _Build, scale: int, until: float) -> Proof:
         )
     if status == cp_model.INFEASIBLE:
         return Proof(layers=None, bound=None, infeasible=True, cut=False)
-    ended = status == cp_model.OPTIMAL or solver.response_proto.deterministic_time >= 0.9 * WORK_PER_MODEL
+    ended = status == cp_model.OPTIMAL or solver.response_proto.deterministic_time >= 0.9 * effort
     cut = not ended and solver.wall_time >= 0.9 * limit_s
     if not ended and not cut:
         # CP-SAT takes Ctrl-C for itself and returns early.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moecc.solvers.placement.balance import Ints
-from moecc.solvers.placement.cpsat import Proof, solve_layers
+from moecc.solvers.placement.cpsat import WORK, Proof, solve_layers
 from moecc.solvers.placement.home import fan_out, patterns
 from moecc.solvers.placement.layers import Work, remaining
 from moecc.solvers.placement.migrate import summed_hops
@@ -37,7 +37,7 @@ def prove(work: Work) -> None:
             work.clock.cut = True
             return
         until = work.clock.slice(len(groups) - count)
-        proof = solve_layers(work, group, until)
+        proof = solve_layers(work, group, WORK / len(groups), until)
         _use(work, group, proof)
         work.tick(count + 1, len(groups))
 

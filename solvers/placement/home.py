@@ -32,7 +32,7 @@ def search_home(work: Work) -> None:
             layer.table,
             begin,
             cap=float(work.caps[index]),
-            budget=10 * work.problem.slots,
+            budget=5 * work.problem.slots,
             rng=rng,
             clock=work.clock,
             until=work.clock.slice(total - step),

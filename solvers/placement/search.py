@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from moecc.solvers.placement.balance import DeviceLoads, Ints, LayerLoads
+from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints, LayerLoads
 from moecc.solvers.placement.traffic import SwapTable, TrafficRows
 
 Mask = NDArray[np.bool_]
@@ -64,12 +64,27 @@ class _Tabu:
 
 def same_device(experts: Ints, device_of: Ints, units: Ints, devices: int) -> Mask:
     """[len(units), all units]: swaps that change nothing or would put two replicas on one device."""
-    same = device_of[units][:, None] == device_of[None, :]
+    same: Mask = device_of[units][:, None] == device_of[None, :]
     if experts[-1] + 1 == len(experts):
         return same
     held = np.zeros((int(experts.max()) + 1, devices), np.bool_)
     held[experts, device_of] = True
     return np.asarray(same | held[experts[units]][:, device_of] | held[experts][:, device_of[units]].T)
+
+
+def _lowest(score: Floats, blocked: Mask) -> tuple[int, int] | None:
+    """The open entry of the lowest score, the first of equal ones; None if all are blocked."""
+    open_ = np.where(blocked, np.inf, score)
+    row, column = divmod(int(open_.argmin()), score.shape[1])
+    return (row, column) if np.isfinite(open_[row, column]) else None
+
+
+def _excess(loads: DeviceLoads, device_of: Ints, cap: float) -> Floats:
+    """How far every swap of two units ends up over the cap, [units, units]; a single 0 if there is no cap."""
+    if np.isinf(cap):
+        return np.zeros((1, 1))
+    after, _ = loads.after_swaps(np.arange(len(device_of)), device_of)
+    return np.maximum(after - cap, 0.0)
 
 
 def balance_layer(
@@ -95,18 +110,17 @@ def balance_layer(
         after, squares = loads.after_swaps(rows, device_of)
         blocked = same_device(experts, device_of, rows, table.devices)
         blocked |= tabu.forbidden(rows, device_of, step) & (after >= best - TOLERANCE)
-        score = np.where(blocked, np.inf, after + 0.02 * squares)
-        i, v = divmod(int(score.argmin()), units)
-        if not np.isfinite(score[i, v]):
+        # Many swaps leave the maximum as it is; the squares then prefer the one that evens out the other devices.
+        picked = _lowest(after + 0.02 * squares, blocked)
+        idle += 1
+        if picked is None:
             tabu.until[:] = 0
-            idle += 1
             continue
-        u = int(rows[i])
+        u, v = int(rows[picked[0]]), picked[1]
         a, b = int(device_of[u]), int(device_of[v])
         loads.swap(u, v, a, b)
         device_of[u], device_of[v] = b, a
         tabu.leave(u, v, a, b, step)
-        idle += 1
         if loads.imbalance < best - TOLERANCE:
             best, best_devices, idle = loads.imbalance, device_of.copy(), 0
     return Found(device_of=best_devices, cost=best, imbalance=best)
@@ -142,19 +156,16 @@ def reduce_traffic(
         idle += 1
         device_of = swaps.device_of[:-1]
         change = swaps.changes()
-        over = np.zeros(1)
-        if np.isfinite(cap):
-            after, _ = loads.after_swaps(everyone, device_of)
-            over = np.maximum(after - cap, 0.0)
-            price = min(price * 1.1, 1e3) if loads.imbalance > cap + TOLERANCE else max(price / 1.1, 0.5)
+        over = _excess(loads, device_of, cap)
+        price = min(price * 1.1, 1e3) if loads.imbalance > cap + TOLERANCE else max(price / 1.1, 0.5)
         goal = swaps.cost + change >= (best.cost if best else np.inf) - TOLERANCE
         blocked = same_device(experts, device_of, everyone, table.devices)
         blocked |= tabu.forbidden(everyone, device_of, step) & (goal | (over > TOLERANCE))
-        score = np.where(blocked, np.inf, change + price * over)
-        u, v = divmod(int(score.argmin()), units)
-        if not np.isfinite(score[u, v]):
+        picked = _lowest(change + price * over, blocked)
+        if picked is None:
             tabu.until[:] = 0
             continue
+        u, v = picked
         a, b = int(device_of[u]), int(device_of[v])
         swaps.swap(u, v)
         loads.swap(u, v, a, b)
