@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,9 @@ def opt_command(
     file: Annotated[Path, typer.Argument(help="IR text; - reads standard input.", show_default=False)],
     passes: Annotated[str, typer.Option("-p", "--passes", help="Passes to run, as in normalize,fuse.")] = "",
     trace: Annotated[list[Path] | None, typer.Option(help="A trace for the pass place, repeatable.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the IR as a JSON string under 'ir'.")
+    ] = False,
 ) -> None:
     """Read IR, run passes, verify, and print IR."""
     from moecc.frontend.trace import load_trace
@@ -29,7 +33,8 @@ def opt_command(
     verify(module)
     workloads = tuple(load_trace(path) for path in trace or [])
     run_passes(module, wanted, Context(workloads=workloads))
-    typer.echo(print_module(module), nl=False)
+    text = print_module(module)
+    typer.echo(json.dumps({"ir": text}) + "\n" if as_json else text, nl=False)
 
 
 def _read(file: Path) -> tuple[str, str]:

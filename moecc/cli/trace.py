@@ -22,6 +22,7 @@ def record_command(
     name: Annotated[str, typer.Option(help="Name of the workload; the file's otherwise.")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens to record.")] = 16384,
     sequence_length: Annotated[int, typer.Option(help="Tokens of one sequence.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was recorded as JSON.")] = False,
 ) -> None:
     """Run text through a model and record which experts every token chose."""
     from moecc.frontend.trace import save_trace
@@ -32,7 +33,11 @@ def record_command(
     )
     save_trace(output, routing)
     tokens_seen, layers, top_k = routing.topk_ids.shape
-    typer.echo(f"{output}: {tokens_seen} tokens, {layers} layers, top {top_k} of {routing.num_experts}")
+    facts = {"tokens": tokens_seen, "layers": layers, "top_k": top_k, "experts": routing.num_experts}
+    if as_json:
+        typer.echo(json.dumps({"trace": str(output), **facts}))
+    else:
+        typer.echo(f"{output}: " + ", ".join(f"{value} {name}" for name, value in facts.items()))
 
 
 @app.command("stats")
