@@ -21,8 +21,8 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=max(_MIN_WIDTH, console.width))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
@@ -31,24 +31,32 @@ def _table(title: str, *columns: str) -> Table:
 def print_report(report: Mapping[str, Any], output: Path | None) -> None:
     """The closing table of a compile: placement, predicted steps, kernels, memory, notes."""
     console = _console()
-    if report["placement"]:
-        console.print(_placement(report["placement"]), "")
-    console.print(_steps(report["steps"]), "")
+    if placement := report["placement"]:
+        _print(console, _placement_title(placement), _placement(placement))
+    _print(console, "Predicted step time", _steps(report["steps"]))
     if report["kernels"]:
-        console.print(_kernels(report["kernels"]), "")
-    console.print(_memory(report["memory"]), "")
+        _print(console, "Kernels", _kernels(report["kernels"]))
+    _print(console, "Memory of one device", _memory(report["memory"], report["serving"]))
     for note in report["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     if output is not None:
         console.print(f"\n{output} written in {report['seconds']:.1f} s", markup=False)
 
 
-def _placement(placement: Mapping[str, Any]) -> Table:
+def _print(console: Console, title: str, table: Table) -> None:
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(table, "")
+
+
+def _placement_title(placement: Mapping[str, Any]) -> str:
     certificate = placement["certificate"]
-    proof = f"{certificate['status']}, {certificate['solver']}, {certificate['wall_s']:.1f} s"
     held_out = sum(placement["held_out_tokens"].values())
+    proof = f"{certificate['status']}, {certificate['solver']}, {certificate['wall_s']:.1f} s"
+    return f"Placement, judged on {held_out:,} held-out tokens ({proof})"
+
+
+def _placement(placement: Mapping[str, Any]) -> Table:
     table = _table(
-        f"Placement on {held_out:,} held-out tokens ({proof})",
         "layer",
         "imbalance before",
         "after",
@@ -70,9 +78,7 @@ def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> li
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "Predicted step time", "phase", "tokens/device", "serial ms", "overlapped ms", "bound ms", "chunks"
-    )
+    table = _table("phase", "tokens/device", "serial ms", "overlapped ms", "bound ms", "chunks")
     for step in steps:
         chunks = ", ".join(f"{f['name']} {f['chunks']}" for f in step["functions"])
         times = [f"{step[key] / 1e3:.3f}" for key in ("serial_us", "makespan_us", "bound_us")]
@@ -82,7 +88,7 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
 
 def _kernels(kernels: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("kernel", "target", "registers", "shared KB", "spill B", "loop instr.", "wgmma")
-    table = _table("Kernels", *columns)
+    table = _table(*columns)
     for row in kernels:
         table.add_row(
             f"{row['set']}.{row['kernel']}",
@@ -96,18 +102,18 @@ def _kernels(kernels: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _memory(memory: Mapping[str, Any]) -> Table:
-    table = _table("Memory of one device", "part", "GB")
-    for key in ("weights_bytes", "kv_cache_bytes", "workspace_bytes", "used_bytes", "capacity_bytes"):
-        name = key.removesuffix("_bytes").replace("kv_cache", "KV cache")
-        table.add_row(name, f"{memory[key] / 1e9:.2f}", style="bold" if key == "used_bytes" else "")
+def _memory(memory: Mapping[str, Any], serving: Mapping[str, Any]) -> Table:
+    sequences = f"KV cache, {serving['decode']:,} sequences of {serving['context']:,} tokens"
+    names = {"weights": "weights", "kv_cache": sequences, "workspace": "workspace", "used": "used"}
+    table = _table("part", "GB")
+    for key, name in (names | {"capacity": "capacity"}).items():
+        table.add_row(name, f"{memory[f'{key}_bytes'] / 1e9:.2f}", style="bold" if key == "used" else "")
     return table
 
 
 def print_trace_stats(stats: Sequence[RoutingStats]) -> None:
     """One row a trace, means over layers."""
     table = _table(
-        "Routing, means over layers",
         "trace",
         "tokens",
         "sequences",
@@ -128,4 +134,4 @@ def print_trace_stats(stats: Sequence[RoutingStats]) -> None:
             *(f"{fmean(x):.3f}" for x in (s.load_skew, s.load_entropy_bits, s.co_activation)),
             f"{fmean(s.adjacent_information_bits):.3f}" if s.adjacent_information_bits else "-",
         )
-    _console().print(table)
+    _print(_console(), "Routing, means over layers", table)
