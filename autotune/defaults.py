@@ -29,7 +29,8 @@ def default_configs(shape: LayerShape, target: str) -> KernelConfigs:
     2. With 16 or 32 rows the GEMMs stream weights: narrow column blocks until enough programs run, long K blocks.
        With more rows they compute: tiles as large as accumulators fit in registers.
     3. BLOCK_K divides the reduced dimension where it can, so that the loop needs no mask.
-    4. The router's tile holds at most 8192 logits; the hidden dimension is split until enough programs run.
+    4. The router's tile holds 4096 logits where 16 tokens allow it; the hidden dimension is split until enough
+       programs run.
     5. What does not fit the target gives up pipeline stages first, then BLOCK_K, then BLOCK_N.
     Raises MoeccError for a shape for which nothing fits, InputError for an unknown target.
     """
@@ -38,7 +39,7 @@ def default_configs(shape: LayerShape, target: str) -> KernelConfigs:
         return _interpreter_configs(shape)
     block_m = min(max(_power_of_two_from(shape.rows_per_expert), 16), 128)
     configs = KernelConfigs(
-        router=_router_config(shape),
+        router=_router_config(shape, limits),
         gate_up=_gemm_config(shape, limits, block_m, weights=2),
         down=_gemm_config(shape, limits, block_m, weights=1),
         combine=CombineConfig(block_t=1, block_h=min(_power_of_two_from(shape.hidden), 1024)),
@@ -74,24 +75,28 @@ def _gemm_config(shape: LayerShape, target: Target, block_m: int, *, weights: in
     )
 
 
-def _router_config(shape: LayerShape) -> RouterConfig:
+def _router_config(shape: LayerShape, target: Target) -> RouterConfig:
     columns = shape.router_columns
-    block_t = 16 if shape.tokens <= 256 else min(max(8192 // columns, 16), 64)
-    block_h = min(max(16384 // columns, 32), 128)
+    # Wavefronts of 64 hold twice the elements a warp holds: larger tiles spilled on gfx942.
+    wide = shape.tokens > 256 and target.warp_size == 32
+    block_t = min(max(4096 // columns, 16), 64) if wide else 16
+    block_h = min(max(16384 // columns, 32), 128 if target.warp_size == 32 else 32)
     split_h, blocks = 1, -(-shape.hidden // block_h)
     while split_h < 16 and 4 * split_h <= blocks and 2 * split_h * -(-shape.tokens // block_t) <= 128:
         split_h *= 2
+    while (split_h - 1) * -(-blocks // split_h) >= blocks:
+        split_h //= 2
     return RouterConfig(
         block_t=block_t,
         block_h=block_h,
         split_h=split_h,
-        num_warps=8 if block_t * columns >= 4096 else 4,
-        num_stages=3,
+        num_warps=16 if columns >= 256 and target.warp_size == 32 else 8,
+        num_stages=3 if target.warp_size == 32 else 2,
     )
 
 
 def _interpreter_configs(shape: LayerShape) -> KernelConfigs:
-    """Large tiles: the interpreter pays per operation, about 20 us, not per element."""
+    """Large tiles: the interpreter pays per operation, hardly per element."""
     block_m = min(max(_power_of_two_from(shape.rows_per_expert), 16), 256)
 
     def gemm(columns: int, reduced: int) -> GemmConfig:
@@ -112,13 +117,21 @@ def _interpreter_configs(shape: LayerShape) -> KernelConfigs:
 def _fitted(configs: KernelConfigs, shape: LayerShape, target: Target) -> KernelConfigs:
     """Rule 5, for the GEMM that the predicate names."""
     while problem := why_invalid(configs, shape, target):
-        kernel = problem.split()[0]
-        config = getattr(configs, kernel)
-        smaller = _smaller(config) if isinstance(config, GemmConfig) else None
-        if smaller is None:
+        if problem.startswith("router") and configs.router.block_h > 16:
+            configs = replace(configs, router=_smaller_router(configs.router))
+            continue
+        gate_up = _smaller(configs.gate_up) if problem.startswith("gate_up") else configs.gate_up
+        down = _smaller(configs.down) if problem.startswith("down") else configs.down
+        if gate_up is None or down is None or (gate_up, down) == (configs.gate_up, configs.down):
             raise MoeccError(f"no kernel config fits {target.name}: {problem}", where="default configs")
-        configs = replace(configs, **{kernel: smaller})
+        configs = replace(configs, gate_up=gate_up, down=down)
     return configs
+
+
+def _smaller_router(config: RouterConfig) -> RouterConfig:
+    if config.num_stages > 2:
+        return replace(config, num_stages=config.num_stages - 1)
+    return replace(config, block_h=config.block_h // 2)
 
 
 def _smaller(config: GemmConfig) -> GemmConfig | None:

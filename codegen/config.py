@@ -97,15 +97,31 @@ class KernelConfigs:
     combine: CombineConfig
 
 
-def gemm_shared_bytes(config: GemmConfig, *, weights: int, dtype: DType, target: Target) -> int:
-    """Shared memory of one program, in bytes; `weights` is the number of weight tiles per K step (gate_up: 2).
+def tile_shared_bytes(
+    rows: int, columns: int, reduced: int, *, stages: int, dtype: DType, target: Target, dots: int = 1
+) -> int:
+    """Shared memory in bytes of a pipelined loop that multiplies [rows, reduced] by [reduced, columns].
 
-    One buffer per pipeline stage. Where the dot reads its operands from registers (BLOCK_M below `wgmma_rows`)
-    the last stage needs none.
+    One buffer per stage; where the dot reads its operands from registers (rows below `wgmma_rows`) the last stage
+    needs none. `columns` counts both halves of a step with two dots. tcgen05 adds a barrier of 16 bytes a dot.
     """
-    buffers = config.num_stages - (not target.wgmma_rows or config.block_m < target.wgmma_rows)
-    step = (config.block_m + weights * config.block_n) * config.block_k
-    return step * DTYPE_BYTES[dtype] * max(buffers, 1)
+    from_shared = target.wgmma_rows and rows >= target.wgmma_rows
+    buffers = max(stages - (not from_shared), 1)
+    barriers = 16 * dots if from_shared and target.name == "sm_100" else 0
+    return (rows + columns) * reduced * DTYPE_BYTES[dtype] * buffers + barriers
+
+
+def gemm_shared_bytes(config: GemmConfig, *, weights: int, dtype: DType, target: Target) -> int:
+    """Shared memory in bytes of one program; `weights` is the number of weight tiles per K step (gate_up: 2)."""
+    return tile_shared_bytes(
+        config.block_m,
+        weights * config.block_n,
+        config.block_k,
+        stages=config.num_stages,
+        dtype=dtype,
+        target=target,
+        dots=weights,
+    )
 
 
 def why_invalid(configs: KernelConfigs, shape: LayerShape, target: Target) -> str | None:
@@ -157,6 +173,16 @@ def _why_invalid_router(config: RouterConfig, shape: LayerShape, target: Target)
     blocks = -(-shape.hidden // config.block_h)
     if config.split_h > 1 and (config.split_h - 1) * -(-blocks // config.split_h) >= blocks:
         return f"router split_h {config.split_h} leaves a program without a block of hidden {shape.hidden}"
+    shared = tile_shared_bytes(
+        config.block_t,
+        shape.router_columns,
+        config.block_h,
+        stages=config.num_stages,
+        dtype=shape.dtype,
+        target=target,
+    )
+    if shared > target.shared_bytes:
+        return f"router needs {shared} bytes of shared memory of {target.shared_bytes}"
     return None
 
 

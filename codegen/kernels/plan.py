@@ -15,8 +15,8 @@ from moecc.codegen.kernels.common import is_last_arrival
 
 @triton.constexpr_function
 def blocks_at_once(columns):
-    """Rows of a [rows, columns] tile of 8192 counts: 64 registers a thread at 4 warps."""
-    return max(8192 // columns, 1)
+    """Rows of a [rows, columns] tile of 2048 counts: with their addresses, 48 registers a thread at 4 warps."""
+    return max(2048 // columns, 1)
 
 
 @triton.jit

@@ -97,7 +97,7 @@ def take_top_k(
     TOP_K: tl.constexpr,
     SLOT_BLOCK: tl.constexpr,
 ):
-    """TOP_K rounds of argmax: columns and values of the selected [BLOCK_T, SLOT_BLOCK], selected or not per column.
+    """TOP_K rounds of argmax: columns and values of the selected, [BLOCK_T, SLOT_BLOCK] each.
 
     Every key is above -inf or not selectable, and more than TOP_K are selectable: the columns are distinct.
     """
@@ -105,15 +105,31 @@ def take_top_k(
     j = tl.arange(0, SLOT_BLOCK)[None, :]
     columns = tl.zeros([BLOCK_T, SLOT_BLOCK], tl.int32)
     selected = tl.zeros([BLOCK_T, SLOT_BLOCK], tl.float32)
-    chosen = tl.zeros([BLOCK_T, COLUMNS], tl.int32)
     for k in range(TOP_K):
         best = tl.argmax(keys, axis=1, tie_break_left=True)[:, None]
         is_best = column == best
         columns = tl.where(j == k, best, columns)
         selected = tl.where(j == k, tl.sum(tl.where(is_best, values, 0.0), axis=1)[:, None], selected)
-        chosen += is_best.to(tl.int32)
         keys = tl.where(is_best, float("-inf"), keys)
-    return columns, selected, chosen
+    return columns, selected
+
+
+@triton.jit
+def mark_chosen(
+    columns,
+    is_token,
+    BLOCK_T: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOT_BLOCK: tl.constexpr,
+):
+    """1 where a token chose a column, [BLOCK_T, COLUMNS]; built only now to keep registers free for the rounds."""
+    j = tl.arange(0, SLOT_BLOCK)[None, :]
+    chosen = tl.zeros([BLOCK_T, COLUMNS], tl.int32)
+    for k in range(TOP_K):
+        pick = tl.sum(tl.where(j == k, columns, 0), axis=1)[:, None]
+        chosen += (tl.arange(0, COLUMNS)[None, :] == pick).to(tl.int32)
+    return tl.where(is_token[:, None], chosen, 0)
 
 
 @triton.jit
@@ -139,7 +155,7 @@ def route_tokens(
     SCALE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """logits [BLOCK_T, COLUMNS] -> columns, weights [BLOCK_T, SLOT_BLOCK], chosen [BLOCK_T, COLUMNS]."""
+    """logits [BLOCK_T, COLUMNS] -> columns and weights of the selected, [BLOCK_T, SLOT_BLOCK] each."""
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
     column = tl.arange(0, COLUMNS)
     is_expert = (column % GROUP_PAD < GROUP_SIZE) & (column // GROUP_PAD < GROUPS)
@@ -156,7 +172,7 @@ def route_tokens(
     keys = tl.where(is_expert[None, :], tl.maximum(keys, -3.0e38), float("-inf"))
     if GROUPS > 1 and not SELECT_FIRST:
         keys = drop_weak_groups(keys, BLOCK_T, GROUPS, GROUP_BLOCK, GROUP_PAD, TOP_GROUPS, GROUP_SCORE)
-    columns, weights, chosen = take_top_k(keys, scores, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
+    columns, weights = take_top_k(keys, scores, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
 
     is_slot = (tl.arange(0, SLOT_BLOCK) < TOP_K)[None, :]
     if SELECT_FIRST:
@@ -164,7 +180,7 @@ def route_tokens(
     elif NORMALIZE:
         total = tl.sum(tl.where(is_slot, weights, 0.0), axis=1) + NORM_EPS
         weights = weights / tl.maximum(total, NORM_MIN)[:, None]
-    return columns, weights * SCALE, chosen
+    return columns, weights * SCALE
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -247,7 +263,7 @@ def router_kernel(
     if HAS_ROUTER_BIAS:
         logits += widen(tl.load(router_bias_ptr + expert), INTERPRETED)[None, :]
 
-    columns, weights, chosen = route_tokens(
+    columns, weights = route_tokens(
         logits,
         correction_bias_ptr,
         BLOCK_T,
@@ -269,7 +285,7 @@ def router_kernel(
         SCALE,
         INTERPRETED,
     )
-    chosen = tl.where(is_token[:, None], chosen, 0)
+    chosen = mark_chosen(columns, is_token, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
     before = count_before(chosen)
     j = tl.arange(0, SLOT_BLOCK)[None, :]
     ranks = tl.zeros([BLOCK_T, SLOT_BLOCK], tl.int32) + tl.arange(0, BLOCK_T)[:, None]

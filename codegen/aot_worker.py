@@ -1,0 +1,108 @@
+"""The process in which kernels are compiled: pickled jobs on stdin, pickled compiled kernels on stdout."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moecc.codegen.aot import CompiledKernel, Job
+from moecc.codegen.frozen import Constants, kernel_constants, launches
+from moecc.codegen.kernels.down import combine_kernel, down_kernel
+from moecc.codegen.kernels.gate_up import gate_up_kernel
+from moecc.codegen.kernels.plan import plan_kernel, scatter_kernel
+from moecc.codegen.kernels.router import router_kernel
+from moecc.codegen.resources import read_resources
+from moecc.codegen.switches import freeze_configs, freeze_layer
+from moecc.codegen.targets import Target, find_target
+
+KERNELS = {
+    "router": router_kernel,
+    "plan": plan_kernel,
+    "scatter": scatter_kernel,
+    "gate_up": gate_up_kernel,
+    "down": down_kernel,
+    "combine": combine_kernel,
+}
+TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+FLOAT32_POINTERS = {"topk_weights_ptr", "logits_ptr", "correction_bias_ptr"}
+FLOAT_POINTERS = {
+    "x_ptr",
+    "gate_ptr",
+    "gate_up_ptr",
+    "down_ptr",
+    "h_ptr",
+    "partial_ptr",
+    "residual_ptr",
+    "out_ptr",
+    "router_bias_ptr",
+    "gate_up_bias_ptr",
+    "down_bias_ptr",
+}
+
+
+def compile_job(job: Job) -> list[CompiledKernel]:
+    """Every kernel of the job, with the constants with which the launcher would launch it."""
+    target = find_target(job.target)
+    layer, config = freeze_layer(job.shape), freeze_configs(job.configs)
+    constants = kernel_constants(
+        layer,
+        config,
+        tokens=job.shape.tokens,
+        slots=layer.slots,
+        experts=layer.total_experts,
+        interpreted=False,
+    )
+    names = job.kernels or launches(config, job.shape.tokens)
+    return [_compile(name, constants[name], job.shape.dtype, target) for name in names]
+
+
+def _compile(name: str, constants: Constants, dtype: str, target: Target) -> CompiledKernel:
+    kernel = KERNELS[name]
+    constants = dict(constants)
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
+    signature = {
+        argument: "constexpr" if argument in constants else _argument_type(argument, dtype)
+        for argument in kernel.arg_names
+    }
+    # Tensors of torch start at multiples of 16 bytes; without that fact loads are scalar and never asynchronous.
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, argument in enumerate(kernel.arg_names)
+        if argument.endswith("_ptr")
+    }
+    compiled: Any = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options=options,
+    )
+    suffixes = ("ptx", "cubin") if target.backend == "cuda" else ("amdgcn", "hsaco")
+    assembly, binary = (compiled.asm[suffix] for suffix in suffixes)
+    return CompiledKernel(
+        name=name,
+        target=target.name,
+        assembly=assembly,
+        assembly_suffix=suffixes[0],
+        binary=binary,
+        binary_suffix=suffixes[1],
+        resources=read_resources(
+            assembly, binary, shared_bytes=compiled.metadata.shared, num_warps=compiled.metadata.num_warps
+        ),
+    )
+
+
+def _argument_type(argument: str, dtype: str) -> str:
+    if argument in FLOAT32_POINTERS:
+        return "*fp32"
+    if argument in FLOAT_POINTERS:
+        return f"*{TRITON_TYPES[dtype]}"
+    return "*i32" if argument.endswith("_ptr") else "i32"
+
+
+if __name__ == "__main__":
+    results = [compile_job(job) for job in pickle.load(sys.stdin.buffer)]
+    sys.stdout.buffer.write(pickle.dumps(results))
