@@ -13,7 +13,7 @@ from moecc.codegen.config import (
     RouterConfig,
     why_invalid,
 )
-from moecc.codegen.frozen import tiles_max
+from moecc.codegen.frozen import ONE_LAUNCH_TOKENS, tiles_max
 from moecc.codegen.targets import Target, find_target
 from moecc.errors import MoeccError
 
@@ -29,7 +29,7 @@ def default_configs(shape: LayerShape, target: str) -> KernelConfigs:
     2. With 16 or 32 rows the GEMMs stream weights: narrow column blocks until enough programs run, long K blocks.
        With more rows they compute: tiles as large as accumulators fit in registers.
     3. BLOCK_K divides the reduced dimension where it can, so that the loop needs no mask.
-    4. The router's tile holds 4096 logits where 16 tokens allow it; the hidden dimension is split until enough
+    4. The router takes 16 tokens a program, more for many tokens; the hidden dimension is split until enough
        programs run.
     5. What does not fit the target gives up pipeline stages first, then BLOCK_K, then BLOCK_N.
     Raises MoeccError for a shape for which nothing fits, InputError for an unknown target.
@@ -77,9 +77,10 @@ def _gemm_config(shape: LayerShape, target: Target, block_m: int, *, weights: in
 
 def _router_config(shape: LayerShape, target: Target) -> RouterConfig:
     columns = shape.router_columns
-    # Wavefronts of 64 hold twice the elements a warp holds: larger tiles spilled on gfx942.
-    wide = shape.tokens > 256 and target.warp_size == 32
-    block_t = min(max(4096 // columns, 16), 64) if wide else 16
+    # Larger token blocks read the gate less often, but ptxas and the AMD backend spilled with them elsewhere.
+    block_t = 16
+    if shape.tokens > ONE_LAUNCH_TOKENS and columns < 256 and target.warp_size == 32:
+        block_t = 64 if columns == 64 else 32
     block_h = min(max(16384 // columns, 32), 128 if target.warp_size == 32 else 32)
     split_h, blocks = 1, -(-shape.hidden // block_h)
     while split_h < 16 and 4 * split_h <= blocks and 2 * split_h * -(-shape.tokens // block_t) <= 128:
