@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moecc.codegen.aot import CompiledKernel, Job
-from moecc.codegen.frozen import Constants, kernel_constants, launches
+from moecc.codegen.frozen import Constants, kernel_constants, kernel_sequence
 from moecc.codegen.kernels.down import combine_kernel, down_kernel
 from moecc.codegen.kernels.gate_up import gate_up_kernel
 from moecc.codegen.kernels.plan import plan_kernel, scatter_kernel
@@ -57,7 +57,7 @@ def compile_job(job: Job) -> list[CompiledKernel]:
         experts=layer.total_experts,
         interpreted=False,
     )
-    names = job.kernels or launches(config, job.shape.tokens)
+    names = job.kernels or kernel_sequence(config, job.shape.tokens)
     return [_compile(name, constants[name], job.shape.dtype, target) for name in names]
 
 

@@ -54,7 +54,7 @@ def tiles_max(tokens: int, top_k: int, experts: int, block_m: int) -> int:
     return min(occupied + (rows - occupied) // block_m, occupied * -(-tokens // block_m))
 
 
-def launches(config: Config, tokens: int) -> tuple[str, ...]:
+def kernel_sequence(config: Config, tokens: int) -> tuple[str, ...]:
     """The kernels of one forward call, in order. External routing launches `plan` in place of `router`."""
     scatter = ("scatter",) if tokens > ONE_LAUNCH_TOKENS else ()
     combine = ("combine",) if tokens > config["combine"]["FUSED_TOKENS"] else ()
@@ -97,7 +97,13 @@ def kernel_constants(
             **sorting,
             "SPLIT_H": split,
         },
-        "plan": {"NUM_EXPERTS": experts, "TOP_K": slots, **planning, **sorting},
+        "plan": {
+            "NUM_EXPERTS": experts,
+            "TOP_K": slots,
+            **planning,
+            **sorting,
+            "num_warps": config["router"]["num_warps"],
+        },
         "scatter": {"NUM_EXPERTS": experts, "TOP_K": slots, **sorting},
         "gate_up": {**gemm, **layer.activation, **config["gate_up"]},
         "down": {

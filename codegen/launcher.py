@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from moecc.codegen.frozen import Config, Constants, Layer, kernel_constants, launches, tiles_max
+from moecc.codegen.frozen import Config, Constants, Layer, kernel_constants, kernel_sequence, tiles_max
 from moecc.codegen.kernels.down import combine_kernel, down_kernel
 from moecc.codegen.kernels.gate_up import gate_up_kernel
 from moecc.codegen.kernels.plan import plan_kernel, scatter_kernel
@@ -110,7 +110,7 @@ class Launcher:
 
     def launches(self, tokens: int, target: str) -> tuple[str, ...]:
         """The kernels that one `forward` launches, in order."""
-        return launches(self.configs[target], tokens)
+        return kernel_sequence(self.configs[target], tokens)
 
     def workspace_bytes(self, tokens: int, target: str) -> int:
         """Device memory in bytes that `forward` allocates besides its output."""

@@ -1,0 +1,1329 @@
+"""gpt_oss_20b_decode: one Mixture-of-Experts layer, emitted by moecc. Change the compiler, not this file.
+
+32 experts, top-4, hidden 2880, intermediate 2880, bfloat16; tuned for 16 tokens, right for any number.
+Router: top-k of the logits, then softmax. Activation: clamped_swiglu.
+Launches of one forward at 16 tokens:
+    sm_90: router gate_up down
+    gfx942: router gate_up down
+    interpret: router gate_up down
+
+forward(x, weights) runs the layer, route(x, weights) its router, experts(x, topk_ids, topk_weights, weights)
+its experts for a routing made elsewhere; see Launcher. Without a GPU set TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# Up to here one program sorts all assignments in the router's own launch; beyond, a second launch does.
+ONE_LAUNCH_TOKENS = 1024
+SCATTER_BLOCK = 1024
+# Tokens that a fused combine sums at a time.
+FUSED_BLOCK_T = 16
+
+Constants = dict[str, Any]
+Config = Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What the layer computes. `router` and `activation` are switches of the kernels of that name."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    shared: int
+    top_k: int
+    dtype: str
+    has_expert_bias: bool
+    router: Mapping[str, Any]
+    activation: Mapping[str, Any]
+
+    @property
+    def slots(self) -> int:
+        """Assignments of one token."""
+        return self.top_k + self.shared
+
+    @property
+    def total_experts(self) -> int:
+        return self.experts + self.shared
+
+
+def tiles_max(tokens: int, top_k: int, experts: int, block_m: int) -> int:
+    """The most row tiles that any routing of `tokens` to `top_k` distinct experts can need: the exact worst case.
+
+    An expert holds at most `tokens` rows. The worst routing gives one row to as many experts as it can and then
+    spends `block_m` rows on each further tile.
+    """
+    rows = tokens * min(top_k, experts)
+    occupied = min(experts, rows)
+    return min(occupied + (rows - occupied) // block_m, occupied * -(-tokens // block_m))
+
+
+def kernel_sequence(config: Config, tokens: int) -> tuple[str, ...]:
+    """The kernels of one forward call, in order. External routing launches `plan` in place of `router`."""
+    scatter = ("scatter",) if tokens > ONE_LAUNCH_TOKENS else ()
+    combine = ("combine",) if tokens > config["combine"]["FUSED_TOKENS"] else ()
+    return ("router", *scatter, "gate_up", "down", *combine)
+
+
+def kernel_constants(
+    layer: Layer,
+    config: Config,
+    *,
+    tokens: int,
+    slots: int,
+    experts: int,
+    interpreted: bool,
+    has_logits: bool = False,
+    has_residual: bool = False,
+) -> dict[str, Constants]:
+    """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token."""
+    common = {"HIDDEN": layer.hidden, "INTERPRETED": interpreted}
+    gemm = {
+        **common,
+        "INTERMEDIATE": layer.intermediate,
+        "TOP_K": slots,
+        "HAS_EXPERT_BIAS": layer.has_expert_bias,
+    }
+    combine = {"TOP_K": slots, "NUM_EXPERTS": experts, "HAS_RESIDUAL": has_residual}
+    sorting = {"BLOCK_T": config["router"]["BLOCK_T"], "SCATTER_BLOCK": SCATTER_BLOCK}
+    planning = {"BLOCK_M": config["gate_up"]["BLOCK_M"], "SCATTER": tokens <= ONE_LAUNCH_TOKENS}
+    split = 1 if has_logits else config["router"]["SPLIT_H"]
+    return {
+        "router": {
+            **common,
+            "NUM_EXPERTS": layer.experts,
+            "NUM_SHARED": layer.shared,
+            "TOP_K": layer.top_k,
+            "HAS_LOGITS": has_logits,
+            **layer.router,
+            **config["router"],
+            **planning,
+            **sorting,
+            "SPLIT_H": split,
+        },
+        "plan": {"NUM_EXPERTS": experts, "TOP_K": slots, **planning, **sorting},
+        "scatter": {"NUM_EXPERTS": experts, "TOP_K": slots, **sorting},
+        "gate_up": {**gemm, **layer.activation, **config["gate_up"]},
+        "down": {
+            **gemm,
+            **combine,
+            "FUSE_COMBINE": tokens <= config["combine"]["FUSED_TOKENS"],
+            "COMBINE_T": FUSED_BLOCK_T,
+            **config["down"],
+        },
+        "combine": {
+            **common,
+            **combine,
+            **{name: value for name, value in config["combine"].items() if name != "FUSED_TOKENS"},
+        },
+    }
+
+
+@triton.jit
+def widen(values, INTERPRETED: tl.constexpr):
+    """values in fp32. Triton's interpreter holds bf16 as raw integers: there the widening is a shift, and exact."""
+    if INTERPRETED and values.dtype == tl.bfloat16:
+        return (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def narrow(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 values in dtype, rounded to nearest even, which Triton's interpreter does not do for bf16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(dtype)
+    return values.to(dtype)
+
+
+@triton.jit
+def accumulate_dot(a, b, acc, INTERPRETED: tl.constexpr):
+    """acc + a @ b in fp32; Triton's interpreter would multiply bf16 as raw integers."""
+    if INTERPRETED:
+        return tl.dot(widen(a, INTERPRETED), widen(b, INTERPRETED), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def is_last_arrival(counter_ptr, arrivals):
+    """True in exactly one of the `arrivals` programs that call this: the last one, which sees all they wrote.
+
+    Nobody waits. The last program leaves the counter at zero, so that a captured graph can be replayed.
+    """
+    # The atomic releases one thread's writes: the barrier first gathers those of the whole program.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    is_last = arrived == arrivals - 1
+    if is_last:
+        tl.store(counter_ptr, 0)
+    return is_last
+
+
+@triton.jit
+def locate_tile(pid, num_tiles, COLUMN_BLOCKS: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row tile, column block) of a program: GROUP_M row tiles walk the columns together and share L2."""
+    group = pid // (GROUP_M * COLUMN_BLOCKS)
+    within = pid % (GROUP_M * COLUMN_BLOCKS)
+    tiles = min(num_tiles - group * GROUP_M, GROUP_M)
+    return group * GROUP_M + within % tiles, within // tiles
+
+
+@triton.constexpr_function
+def blocks_at_once(columns):
+    """Rows of a [rows, columns] tile of 2048 counts: with their addresses, 48 registers a thread at 4 warps."""
+    return max(2048 // columns, 1)
+
+
+@triton.jit
+def count_before(chosen):
+    """chosen [tokens, columns] 0 or 1 -> how many earlier tokens of the block chose the same column."""
+    return tl.cumsum(chosen, axis=0) - chosen
+
+
+@triton.jit
+def build_plan(
+    block_counts_ptr,  # [blocks, experts] in: rows per token block and expert; out: the first of those rows
+    expert_offsets_ptr,  # [experts + 1] out
+    tile_expert_ptr,  # [tiles_max] out
+    tile_row_ptr,  # [tiles_max] out
+    num_tiles_ptr,  # [1] out, at least 1: without rows the one tile is empty
+    num_blocks,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Offsets, row bases and tile map, by one program that scans PLAN_BLOCKS token blocks at a time."""
+    EXPERT_BLOCK: tl.constexpr = triton.next_power_of_2(NUM_EXPERTS)
+    PLAN_BLOCKS: tl.constexpr = blocks_at_once(EXPERT_BLOCK)
+    expert = tl.arange(0, EXPERT_BLOCK)
+    step = tl.arange(0, PLAN_BLOCKS)
+    is_expert = expert < NUM_EXPERTS
+
+    rows = tl.zeros([EXPERT_BLOCK], tl.int32)
+    for start in range(0, num_blocks, PLAN_BLOCKS):
+        block = start + step
+        mask = (block < num_blocks)[:, None] & is_expert[None, :]
+        rows += tl.sum(
+            tl.load(block_counts_ptr + block[:, None] * NUM_EXPERTS + expert, mask, other=0), axis=0
+        )
+    row_ends = tl.cumsum(rows, axis=0)
+    tl.store(expert_offsets_ptr, 0)
+    tl.store(expert_offsets_ptr + 1 + expert, row_ends, is_expert)
+
+    first_row = row_ends - rows
+    for start in range(0, num_blocks, PLAN_BLOCKS):
+        block = start + step
+        mask = (block < num_blocks)[:, None] & is_expert[None, :]
+        at = block_counts_ptr + block[:, None] * NUM_EXPERTS + expert
+        counts = tl.load(at, mask, other=0)
+        tl.store(at, first_row[None, :] + tl.cumsum(counts, axis=0) - counts, mask)
+        first_row += tl.sum(counts, axis=0)
+
+    tiles = (rows + BLOCK_M - 1) // BLOCK_M
+    tile_ends = tl.cumsum(tiles, axis=0)
+    num_tiles = tl.max(tile_ends, axis=0)
+    tl.store(num_tiles_ptr, tl.maximum(num_tiles, 1))
+    if num_tiles == 0:
+        tl.store(tile_expert_ptr, 0)
+        tl.store(tile_row_ptr, 0)
+    for i in range(0, tl.max(tiles, axis=0)):
+        tile = tile_ends - tiles + i
+        tl.store(tile_expert_ptr + tile, expert, i < tiles)
+        tl.store(tile_row_ptr + tile, row_ends - rows + i * BLOCK_M, i < tiles)
+
+
+@triton.jit
+def scatter_slots(
+    slot,
+    num_slots,
+    topk_ids_ptr,
+    slot_rank_ptr,
+    first_row_ptr,
+    sorted_slots_ptr,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """sorted_slots[row of slot] = slot, for a block of slots; an id outside [0, NUM_EXPERTS) has no row."""
+    expert = tl.load(topk_ids_ptr + slot, slot < num_slots, other=-1).to(tl.int32)
+    held = (expert >= 0) & (expert < NUM_EXPERTS)
+    first_row = tl.load(first_row_ptr + slot // (TOP_K * BLOCK_T) * NUM_EXPERTS + expert, held, other=0)
+    rank = tl.load(slot_rank_ptr + slot, held, other=0)
+    tl.store(sorted_slots_ptr + first_row + rank, slot, held)
+
+
+@triton.jit
+def finish_plan(
+    counter_ptr,
+    topk_ids_ptr,
+    slot_rank_ptr,
+    block_counts_ptr,
+    expert_offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    sorted_slots_ptr,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SCATTER: tl.constexpr,
+    SCATTER_BLOCK: tl.constexpr,
+):
+    """The last token block to arrive builds the plan and, with SCATTER, the sorted order too."""
+    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    if is_last_arrival(counter_ptr, num_blocks):
+        build_plan(
+            block_counts_ptr,
+            expert_offsets_ptr,
+            tile_expert_ptr,
+            tile_row_ptr,
+            num_tiles_ptr,
+            num_blocks,
+            NUM_EXPERTS,
+            BLOCK_M,
+        )
+        if SCATTER:
+            # Other threads of this program read the bases that build_plan stored.
+            tl.debug_barrier()
+            for start in range(0, num_tokens * TOP_K, SCATTER_BLOCK):
+                scatter_slots(
+                    start + tl.arange(0, SCATTER_BLOCK),
+                    num_tokens * TOP_K,
+                    topk_ids_ptr,
+                    slot_rank_ptr,
+                    block_counts_ptr,
+                    sorted_slots_ptr,
+                    NUM_EXPERTS,
+                    TOP_K,
+                    BLOCK_T,
+                )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def plan_kernel(
+    topk_ids_ptr,  # [tokens, TOP_K] any integer type; ids of a token are distinct or outside [0, NUM_EXPERTS)
+    slot_rank_ptr,  # [tokens, TOP_K] out: how many earlier tokens of the block chose the same expert
+    block_counts_ptr,
+    expert_offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    sorted_slots_ptr,  # [tokens * TOP_K] out, with SCATTER
+    counters_ptr,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SCATTER: tl.constexpr,
+    SCATTER_BLOCK: tl.constexpr,
+):
+    """The plan of a routing that was made elsewhere. Grid: token blocks."""
+    EXPERT_BLOCK: tl.constexpr = triton.next_power_of_2(NUM_EXPERTS)
+    block = tl.program_id(0)
+    token = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token = token < num_tokens
+    expert = tl.arange(0, EXPERT_BLOCK)
+    is_expert = expert < NUM_EXPERTS
+
+    chosen = tl.zeros([BLOCK_T, EXPERT_BLOCK], tl.int32)
+    for j in range(TOP_K):
+        choice = tl.load(topk_ids_ptr + token * TOP_K + j, is_token, other=-1).to(tl.int32)
+        chosen += ((choice[:, None] == expert[None, :]) & is_expert[None, :]).to(tl.int32)
+    tl.store(block_counts_ptr + block * NUM_EXPERTS + expert, tl.sum(chosen, axis=0), is_expert)
+
+    before = count_before(chosen)
+    for j in range(TOP_K):
+        choice = tl.load(topk_ids_ptr + token * TOP_K + j, is_token, other=-1).to(tl.int32)
+        rank = tl.sum(tl.where(choice[:, None] == expert[None, :], before, 0), axis=1)
+        tl.store(slot_rank_ptr + token * TOP_K + j, rank, is_token)
+
+    finish_plan(
+        counters_ptr,
+        topk_ids_ptr,
+        slot_rank_ptr,
+        block_counts_ptr,
+        expert_offsets_ptr,
+        tile_expert_ptr,
+        tile_row_ptr,
+        num_tiles_ptr,
+        sorted_slots_ptr,
+        num_tokens,
+        NUM_EXPERTS,
+        TOP_K,
+        BLOCK_T,
+        BLOCK_M,
+        SCATTER,
+        SCATTER_BLOCK,
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def scatter_kernel(
+    topk_ids_ptr,
+    slot_rank_ptr,
+    first_row_ptr,
+    sorted_slots_ptr,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SCATTER_BLOCK: tl.constexpr,
+):
+    """The sorted order of many tokens, where one program would take too long. Grid: blocks of slots."""
+    scatter_slots(
+        tl.program_id(0) * SCATTER_BLOCK + tl.arange(0, SCATTER_BLOCK),
+        num_tokens * TOP_K,
+        topk_ids_ptr,
+        slot_rank_ptr,
+        first_row_ptr,
+        sorted_slots_ptr,
+        NUM_EXPERTS,
+        TOP_K,
+        BLOCK_T,
+    )
+
+
+@triton.constexpr_function
+def padded_group(num_experts, groups):
+    """Columns per group: a power of two, and no fewer than 16 columns in all, which a dot can produce."""
+    return max(triton.next_power_of_2(num_experts // groups), 16 // triton.next_power_of_2(groups))
+
+
+@triton.jit
+def gate_logits(
+    x_ptr,
+    gate_ptr,
+    token,
+    expert,
+    first_h,
+    last_h,
+    HIDDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """x[token] @ gate[expert].T over the hidden dimensions [first_h, last_h): [BLOCK_T, COLUMNS] fp32."""
+    h = first_h + tl.arange(0, BLOCK_H)
+    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * HIDDEN + h[None, :]
+    gate_ptrs = gate_ptr + expert[None, :] * HIDDEN + h[:, None]
+    logits = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
+    for start in range(first_h, last_h, BLOCK_H):
+        if HIDDEN % BLOCK_H == 0:
+            x, gate = tl.load(x_ptrs), tl.load(gate_ptrs)
+        else:
+            inside = start + tl.arange(0, BLOCK_H) < HIDDEN
+            x = tl.load(x_ptrs, inside[None, :], other=0.0)
+            gate = tl.load(gate_ptrs, inside[:, None], other=0.0)
+        logits = accumulate_dot(x, gate, logits, INTERPRETED)
+        x_ptrs += BLOCK_H
+        gate_ptrs += BLOCK_H
+    return logits
+
+
+@triton.jit
+def score_logits(logits, SCORE: tl.constexpr):
+    """Softmax over the columns, or the sigmoid of each."""
+    if SCORE == "softmax":
+        exponentials = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        return exponentials / tl.sum(exponentials, axis=1)[:, None]
+    return tl.sigmoid(logits)
+
+
+@triton.jit
+def drop_weak_groups(
+    keys,
+    BLOCK_T: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_SCORE: tl.constexpr,
+):
+    """keys [BLOCK_T, GROUP_BLOCK * GROUP_PAD] with -inf outside the TOP_GROUPS best groups of each token."""
+    grouped = tl.reshape(keys, [BLOCK_T, GROUP_BLOCK, GROUP_PAD])
+    strength = tl.max(grouped, axis=2)
+    if GROUP_SCORE == "top2_sum":
+        best = tl.argmax(grouped, axis=2)
+        rest = tl.where(tl.arange(0, GROUP_PAD)[None, None, :] == best[:, :, None], float("-inf"), grouped)
+        strength += tl.max(rest, axis=2)
+    group = tl.arange(0, GROUP_BLOCK)
+    strength = tl.where(group[None, :] < GROUPS, strength, float("-inf"))
+    # A group's rank is how many groups beat it: cheaper than rounds of argmax for a handful of groups.
+    this, other = strength[:, :, None], strength[:, None, :]
+    beaten = (other > this) | ((other == this) & (group[None, None, :] < group[None, :, None]))
+    rank = tl.sum(beaten.to(tl.int32), axis=2)
+    kept = tl.where((rank < TOP_GROUPS)[:, :, None], grouped, float("-inf"))
+    return tl.reshape(kept, [BLOCK_T, GROUP_BLOCK * GROUP_PAD])
+
+
+@triton.jit
+def take_top_k(
+    keys,
+    values,
+    BLOCK_T: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOT_BLOCK: tl.constexpr,
+):
+    """TOP_K rounds of argmax: columns and values of the selected, [BLOCK_T, SLOT_BLOCK] each.
+
+    Every key is above -inf or not selectable, and more than TOP_K are selectable: the columns are distinct.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    j = tl.arange(0, SLOT_BLOCK)[None, :]
+    columns = tl.zeros([BLOCK_T, SLOT_BLOCK], tl.int32)
+    selected = tl.zeros([BLOCK_T, SLOT_BLOCK], tl.float32)
+    for k in range(TOP_K):
+        best = tl.argmax(keys, axis=1, tie_break_left=True)[:, None]
+        is_best = column == best
+        columns = tl.where(j == k, best, columns)
+        selected = tl.where(j == k, tl.sum(tl.where(is_best, values, 0.0), axis=1)[:, None], selected)
+        keys = tl.where(is_best, float("-inf"), keys)
+    return columns, selected
+
+
+@triton.jit
+def mark_chosen(
+    columns,
+    is_token,
+    BLOCK_T: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOT_BLOCK: tl.constexpr,
+):
+    """1 where a token chose a column, [BLOCK_T, COLUMNS]; built only now to keep registers free for the rounds."""
+    j = tl.arange(0, SLOT_BLOCK)[None, :]
+    chosen = tl.zeros([BLOCK_T, COLUMNS], tl.int32)
+    for k in range(TOP_K):
+        pick = tl.sum(tl.where(j == k, columns, 0), axis=1)[:, None]
+        chosen += (tl.arange(0, COLUMNS)[None, :] == pick).to(tl.int32)
+    return tl.where(is_token[:, None], chosen, 0)
+
+
+@triton.jit
+def route_tokens(
+    logits,
+    correction_bias_ptr,
+    BLOCK_T: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOT_BLOCK: tl.constexpr,
+    SCORE: tl.constexpr,
+    SELECT_FIRST: tl.constexpr,
+    SELECTION_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_SCORE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    NORM_MIN: tl.constexpr,
+    SCALE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """logits [BLOCK_T, COLUMNS] -> columns and weights of the selected, [BLOCK_T, SLOT_BLOCK] each."""
+    GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
+    column = tl.arange(0, COLUMNS)
+    is_expert = (column % GROUP_PAD < GROUP_SIZE) & (column // GROUP_PAD < GROUPS)
+    logits = tl.where(is_expert[None, :], logits, float("-inf"))
+    scores = logits
+    if not SELECT_FIRST:
+        scores = score_logits(logits, SCORE)
+    keys = scores
+    if SELECTION_BIAS and not SELECT_FIRST:
+        expert = column // GROUP_PAD * GROUP_SIZE + column % GROUP_PAD
+        bias = tl.load(correction_bias_ptr + expert, is_expert, other=0.0)
+        keys += widen(bias, INTERPRETED)[None, :]
+    # The floor keeps -inf for what cannot be selected, so that ids stay distinct even where a logit is NaN.
+    keys = tl.where(is_expert[None, :], tl.maximum(keys, -3.0e38), float("-inf"))
+    if GROUPS > 1 and not SELECT_FIRST:
+        keys = drop_weak_groups(keys, BLOCK_T, GROUPS, GROUP_BLOCK, GROUP_PAD, TOP_GROUPS, GROUP_SCORE)
+    columns, weights = take_top_k(keys, scores, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
+
+    is_slot = (tl.arange(0, SLOT_BLOCK) < TOP_K)[None, :]
+    if SELECT_FIRST:
+        weights = score_logits(tl.where(is_slot, weights, float("-inf")), SCORE)
+    elif NORMALIZE:
+        total = tl.sum(tl.where(is_slot, weights, 0.0), axis=1) + NORM_EPS
+        weights = weights / tl.maximum(total, NORM_MIN)[:, None]
+    return columns, weights * SCALE
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def router_kernel(
+    x_ptr,  # [tokens, HIDDEN]
+    gate_ptr,  # [NUM_EXPERTS, HIDDEN]
+    router_bias_ptr,  # [NUM_EXPERTS], added to the logits
+    correction_bias_ptr,  # [NUM_EXPERTS], added for the selection only
+    logits_ptr,  # HAS_LOGITS: [tokens, NUM_EXPERTS] in; else scratch fp32 [SPLIT_H, tokens, NUM_EXPERTS]
+    topk_ids_ptr,  # [tokens, TOP_K + NUM_SHARED] int32 out
+    topk_weights_ptr,  # [tokens, TOP_K + NUM_SHARED] fp32 out
+    slot_rank_ptr,
+    block_counts_ptr,
+    expert_offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    sorted_slots_ptr,
+    counters_ptr,  # [1 + token blocks] zero on entry and on exit
+    num_tokens,
+    HIDDEN: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCORE: tl.constexpr,
+    SELECT_FIRST: tl.constexpr,
+    SELECTION_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_SCORE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    NORM_MIN: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_ROUTER_BIAS: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SPLIT_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SCATTER: tl.constexpr,
+    SCATTER_BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Grid: (token blocks, SPLIT_H). The last program of a token block selects, the last of all builds the plan."""
+    GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
+    GROUP_BLOCK: tl.constexpr = triton.next_power_of_2(GROUPS)
+    GROUP_PAD: tl.constexpr = padded_group(NUM_EXPERTS, GROUPS)
+    COLUMNS: tl.constexpr = GROUP_BLOCK * GROUP_PAD
+    SLOTS: tl.constexpr = TOP_K + NUM_SHARED
+    SLOT_BLOCK: tl.constexpr = triton.next_power_of_2(SLOTS)
+    TOTAL_EXPERTS: tl.constexpr = NUM_EXPERTS + NUM_SHARED
+    block = tl.program_id(0)
+    token = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token = token < num_tokens
+    column = tl.arange(0, COLUMNS)
+    is_expert = (column % GROUP_PAD < GROUP_SIZE) & (column // GROUP_PAD < GROUPS)
+    expert = tl.where(is_expert, column // GROUP_PAD * GROUP_SIZE + column % GROUP_PAD, 0)
+    mask = is_token[:, None] & is_expert[None, :]
+    logits_ptrs = logits_ptr + token.to(tl.int64)[:, None] * NUM_EXPERTS + expert[None, :]
+
+    if HAS_LOGITS:
+        logits = widen(tl.load(logits_ptrs, mask, other=0.0), INTERPRETED)
+    else:
+        PART_H: tl.constexpr = (HIDDEN + SPLIT_H * BLOCK_H - 1) // (SPLIT_H * BLOCK_H) * BLOCK_H
+        first_h = tl.program_id(1) * PART_H
+        last_h = min(first_h + PART_H, HIDDEN)
+        row = tl.where(is_token, token, 0)
+        logits = gate_logits(
+            x_ptr, gate_ptr, row, expert, first_h, last_h, HIDDEN, BLOCK_T, COLUMNS, BLOCK_H, INTERPRETED
+        )
+        if SPLIT_H > 1:
+            part_size = num_tokens.to(tl.int64) * NUM_EXPERTS
+            tl.store(logits_ptrs + tl.program_id(1) * part_size, logits, mask)
+            if not is_last_arrival(counters_ptr + 1 + block, SPLIT_H):
+                return
+            logits = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
+            for part in range(SPLIT_H):
+                logits += tl.load(logits_ptrs + part * part_size, mask, other=0.0)
+    if HAS_ROUTER_BIAS:
+        logits += widen(tl.load(router_bias_ptr + expert), INTERPRETED)[None, :]
+
+    columns, weights = route_tokens(
+        logits,
+        correction_bias_ptr,
+        BLOCK_T,
+        COLUMNS,
+        NUM_EXPERTS,
+        TOP_K,
+        SLOT_BLOCK,
+        SCORE,
+        SELECT_FIRST,
+        SELECTION_BIAS,
+        GROUPS,
+        GROUP_BLOCK,
+        GROUP_PAD,
+        TOP_GROUPS,
+        GROUP_SCORE,
+        NORMALIZE,
+        NORM_EPS,
+        NORM_MIN,
+        SCALE,
+        INTERPRETED,
+    )
+    chosen = mark_chosen(columns, is_token, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
+    before = count_before(chosen)
+    j = tl.arange(0, SLOT_BLOCK)[None, :]
+    ranks = tl.zeros([BLOCK_T, SLOT_BLOCK], tl.int32) + tl.arange(0, BLOCK_T)[:, None]
+    for k in range(TOP_K):
+        pick = tl.sum(tl.where(j == k, columns, 0), axis=1)[:, None]
+        rank = tl.sum(tl.where(column[None, :] == pick, before, 0), axis=1)[:, None]
+        ranks = tl.where(j == k, rank, ranks)
+
+    # Slots past TOP_K are the shared experts: every token, weight 1, rank = position in the block.
+    ids = columns // GROUP_PAD * GROUP_SIZE + columns % GROUP_PAD
+    ids = tl.where(j < TOP_K, ids, NUM_EXPERTS + j - TOP_K)
+    weights = tl.where(j < TOP_K, weights, 1.0)
+    at = token[:, None] * SLOTS + j
+    is_slot = is_token[:, None] & (j < SLOTS)
+    tl.store(topk_ids_ptr + at, ids, is_slot)
+    tl.store(topk_weights_ptr + at, weights, is_slot)
+    tl.store(slot_rank_ptr + at, ranks, is_slot)
+    tl.store(block_counts_ptr + block * TOTAL_EXPERTS + expert, tl.sum(chosen, axis=0), is_expert)
+    for s in tl.static_range(NUM_SHARED):
+        tl.store(
+            block_counts_ptr + block * TOTAL_EXPERTS + NUM_EXPERTS + s, tl.sum(is_token.to(tl.int32), axis=0)
+        )
+
+    finish_plan(
+        counters_ptr,
+        topk_ids_ptr,
+        slot_rank_ptr,
+        block_counts_ptr,
+        expert_offsets_ptr,
+        tile_expert_ptr,
+        tile_row_ptr,
+        num_tiles_ptr,
+        sorted_slots_ptr,
+        num_tokens,
+        TOTAL_EXPERTS,
+        SLOTS,
+        BLOCK_T,
+        BLOCK_M,
+        SCATTER,
+        SCATTER_BLOCK,
+    )
+
+
+@triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """The gated activations of `Activation`, in fp32."""
+    if ACTIVATION == "silu_glu":
+        return gate * tl.sigmoid(gate) * up
+    elif ACTIVATION == "gelu_glu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    else:
+        tl.static_assert(ACTIVATION == "clamped_swiglu")
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        return (up + 1.0) * gate * tl.sigmoid(ALPHA * gate)
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr,  # [tokens, HIDDEN]
+    gate_up_ptr,  # [experts, 2 * INTERMEDIATE, HIDDEN], gate rows first
+    gate_up_bias_ptr,  # [experts, 2 * INTERMEDIATE]
+    h_ptr,  # [rows, INTERMEDIATE] out, rows in sorted order
+    sorted_slots_ptr,
+    expert_offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_EXPERT_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once."""
+    COLUMN_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
+    num_tiles = tl.load(num_tiles_ptr)
+    if tl.program_id(0) >= num_tiles * COLUMN_BLOCKS:
+        return
+    tile, column_block = locate_tile(tl.program_id(0), num_tiles, COLUMN_BLOCKS, GROUP_M)
+    expert = tl.load(tile_expert_ptr + tile)
+    row = tl.load(tile_row_ptr + tile) + tl.arange(0, BLOCK_M)
+    is_row = row < tl.load(expert_offsets_ptr + expert + 1)
+    n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+
+    # Rows and columns outside read what is inside: the loop then needs no mask for them, only the store does.
+    token = tl.load(sorted_slots_ptr + row, is_row, other=0) // TOP_K
+    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
+    weights_ptr = gate_up_ptr + expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN)
+    gate_ptrs = weights_ptr + (n % INTERMEDIATE)[None, :] * HIDDEN + k[:, None]
+    up_ptrs = gate_ptrs + INTERMEDIATE * HIDDEN
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, HIDDEN, BLOCK_K):
+        if HIDDEN % BLOCK_K == 0:
+            x, gate_weights, up_weights = tl.load(x_ptrs), tl.load(gate_ptrs), tl.load(up_ptrs)
+        else:
+            inside = k < HIDDEN - start
+            x = tl.load(x_ptrs, inside[None, :], other=0.0)
+            gate_weights = tl.load(gate_ptrs, inside[:, None], other=0.0)
+            up_weights = tl.load(up_ptrs, inside[:, None], other=0.0)
+        gate = accumulate_dot(x, gate_weights, gate, INTERPRETED)
+        up = accumulate_dot(x, up_weights, up, INTERPRETED)
+        x_ptrs += BLOCK_K
+        gate_ptrs += BLOCK_K
+        up_ptrs += BLOCK_K
+
+    is_column = n < INTERMEDIATE
+    if HAS_EXPERT_BIAS:
+        bias_ptrs = gate_up_bias_ptr + expert * (2 * INTERMEDIATE) + n
+        gate += widen(tl.load(bias_ptrs, is_column, other=0.0), INTERPRETED)[None, :]
+        up += widen(tl.load(bias_ptrs + INTERMEDIATE, is_column, other=0.0), INTERPRETED)[None, :]
+    h = activate(gate, up, ACTIVATION, ALPHA, LIMIT)
+    h_ptrs = h_ptr + row.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
+    tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty, INTERPRETED), is_row[:, None] & is_column[None, :])
+
+
+@triton.jit
+def combine_rows(
+    partial_ptr,
+    topk_ids_ptr,
+    residual_ptr,
+    out_ptr,
+    token,
+    n,
+    num_tokens,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """out[token, n] = residual + the token's slots, j = 0, 1, ...; slots of other devices' experts are skipped."""
+    is_token = token < num_tokens
+    inside = is_token[:, None] & (n < HIDDEN)[None, :]
+    at = token.to(tl.int64)[:, None] * HIDDEN + n[None, :]
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for j in range(TOP_K):
+        slot = token.to(tl.int64) * TOP_K + j
+        expert = tl.load(topk_ids_ptr + slot, is_token, other=-1)
+        held = (expert >= 0) & (expert < NUM_EXPERTS)
+        partial = tl.load(
+            partial_ptr + slot[:, None] * HIDDEN + n[None, :], inside & held[:, None], other=0.0
+        )
+        total += widen(partial, INTERPRETED)
+    if HAS_RESIDUAL:
+        total += widen(tl.load(residual_ptr + at, inside, other=0.0), INTERPRETED)
+    tl.store(out_ptr + at, narrow(total, out_ptr.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit
+def combine_if_last(
+    counter_ptr,
+    arrivals,
+    partial_ptr,
+    topk_ids_ptr,
+    residual_ptr,
+    out_ptr,
+    n,
+    num_tokens,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The last program of a column block sums the columns that all of them stored."""
+    if is_last_arrival(counter_ptr, arrivals):
+        for start in range(0, num_tokens, BLOCK_T):
+            combine_rows(
+                partial_ptr,
+                topk_ids_ptr,
+                residual_ptr,
+                out_ptr,
+                start + tl.arange(0, BLOCK_T),
+                n,
+                num_tokens,
+                HIDDEN,
+                TOP_K,
+                NUM_EXPERTS,
+                HAS_RESIDUAL,
+                BLOCK_T,
+                BLOCK_N,
+                INTERPRETED,
+            )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def down_kernel(
+    h_ptr,  # [rows, INTERMEDIATE]
+    down_ptr,  # [experts, HIDDEN, INTERMEDIATE]
+    down_bias_ptr,  # [experts, HIDDEN]
+    topk_ids_ptr,  # [tokens, TOP_K]
+    topk_weights_ptr,  # [tokens, TOP_K]
+    partial_ptr,  # [tokens * TOP_K, HIDDEN] out, by slot
+    residual_ptr,  # [tokens, HIDDEN], with FUSE_COMBINE
+    out_ptr,  # [tokens, HIDDEN] out, with FUSE_COMBINE
+    sorted_slots_ptr,
+    expert_offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    counters_ptr,  # [column blocks] zero on entry and on exit, with FUSE_COMBINE
+    num_tokens,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    HAS_EXPERT_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    FUSE_COMBINE: tl.constexpr,
+    COMBINE_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once."""
+    COLUMN_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    num_tiles = tl.load(num_tiles_ptr)
+    if tl.program_id(0) >= num_tiles * COLUMN_BLOCKS:
+        return
+    tile, column_block = locate_tile(tl.program_id(0), num_tiles, COLUMN_BLOCKS, GROUP_M)
+    expert = tl.load(tile_expert_ptr + tile)
+    row = tl.load(tile_row_ptr + tile) + tl.arange(0, BLOCK_M)
+    is_row = row < tl.load(expert_offsets_ptr + expert + 1)
+    n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+
+    h_ptrs = h_ptr + tl.where(is_row, row, 0).to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
+    weights_ptr = down_ptr + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE)
+    down_ptrs = weights_ptr + (n % HIDDEN)[None, :] * INTERMEDIATE + k[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, INTERMEDIATE, BLOCK_K):
+        if INTERMEDIATE % BLOCK_K == 0:
+            h, weights = tl.load(h_ptrs), tl.load(down_ptrs)
+        else:
+            inside = k < INTERMEDIATE - start
+            h = tl.load(h_ptrs, inside[None, :], other=0.0)
+            weights = tl.load(down_ptrs, inside[:, None], other=0.0)
+        total = accumulate_dot(h, weights, total, INTERPRETED)
+        h_ptrs += BLOCK_K
+        down_ptrs += BLOCK_K
+
+    is_column = n < HIDDEN
+    if HAS_EXPERT_BIAS:
+        bias = tl.load(down_bias_ptr + expert * HIDDEN + n, is_column, other=0.0)
+        total += widen(bias, INTERPRETED)[None, :]
+    slot = tl.load(sorted_slots_ptr + row, is_row, other=0)
+    total *= tl.load(topk_weights_ptr + slot, is_row, other=0.0)[:, None]
+    partial_ptrs = partial_ptr + slot.to(tl.int64)[:, None] * HIDDEN + n[None, :]
+    tl.store(
+        partial_ptrs,
+        narrow(total, partial_ptr.dtype.element_ty, INTERPRETED),
+        is_row[:, None] & is_column[None, :],
+    )
+
+    if FUSE_COMBINE:
+        combine_if_last(
+            counters_ptr + column_block,
+            num_tiles,
+            partial_ptr,
+            topk_ids_ptr,
+            residual_ptr,
+            out_ptr,
+            n,
+            num_tokens,
+            HIDDEN,
+            TOP_K,
+            NUM_EXPERTS,
+            HAS_RESIDUAL,
+            COMBINE_T,
+            BLOCK_N,
+            INTERPRETED,
+        )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def combine_kernel(
+    partial_ptr,
+    topk_ids_ptr,
+    residual_ptr,
+    out_ptr,
+    num_tokens,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Grid: (token blocks, column blocks)."""
+    combine_rows(
+        partial_ptr,
+        topk_ids_ptr,
+        residual_ptr,
+        out_ptr,
+        tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T),
+        tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H),
+        num_tokens,
+        HIDDEN,
+        TOP_K,
+        NUM_EXPERTS,
+        HAS_RESIDUAL,
+        BLOCK_T,
+        BLOCK_H,
+        INTERPRETED,
+    )
+
+
+Weights = Mapping[str, torch.Tensor]
+
+
+class Plan(NamedTuple):
+    """A routing in the order in which the GEMMs walk it; int32 unless said otherwise."""
+
+    topk_ids: torch.Tensor  # [tokens, slots], any integer type
+    topk_weights: torch.Tensor  # [tokens, slots] fp32
+    slot_rank: torch.Tensor  # [tokens, slots]
+    block_counts: torch.Tensor  # [token blocks, experts]
+    expert_offsets: torch.Tensor  # [experts + 1]
+    tile_expert: torch.Tensor  # [tiles_max]
+    tile_row: torch.Tensor  # [tiles_max]
+    num_tiles: torch.Tensor  # [1]
+    sorted_slots: torch.Tensor  # [tokens * slots]
+    counters: torch.Tensor  # zero between launches
+
+    @property
+    def tile_map(self) -> tuple[torch.Tensor, ...]:
+        """What a GEMM reads, in the order of its arguments."""
+        return (self.sorted_slots, self.expert_offsets, self.tile_expert, self.tile_row, self.num_tiles)
+
+
+class Launcher:
+    """One layer with its kernel configs: target -> kernel -> block sizes and launch options.
+
+    `weights` maps, contiguous and in the layer's dtype: `gate` [experts, hidden]; `gate_up` [experts + shared,
+    2 * intermediate, hidden], gate rows first; `down` [experts + shared, hidden, intermediate]; and, of any float
+    type, where the layer has them: `router_bias` and `correction_bias` [experts], `gate_up_bias` [experts + shared,
+    2 * intermediate], `down_bias` [experts + shared, hidden].
+    Every method raises ValueError for a tensor that does not fit, RuntimeError for a device without configs.
+    """
+
+    def __init__(self, layer: Layer, configs: Mapping[str, Config]) -> None:
+        self.layer, self.configs = layer, configs
+        self._idle_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        *,
+        residual: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The layer on x [..., hidden], plus `residual` of that shape; `logits` [..., experts] replace the gate."""
+        rows = self._rows(x)
+        if not len(rows):
+            return torch.empty_like(x)
+        plan = self._route(rows, weights, logits)
+        return self._compute(rows, plan, weights, residual).reshape(x.shape)
+
+    def route(
+        self, x: torch.Tensor, weights: Weights, *, logits: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids int32 and weights fp32 [tokens, top_k + shared]; the shared experts, weight 1, come last."""
+        rows = self._rows(x)
+        if not len(rows):
+            empty = torch.empty((0, self.layer.slots), device=x.device)
+            return empty.int(), empty
+        return self._route(rows, weights, logits)[:2]
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        weights: Weights,
+        *,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The experts alone, for a routing made elsewhere: ids and weights [tokens, k], any k.
+
+        The ids of a token are distinct; one outside [0, len(gate_up)) is another device's and adds nothing. The
+        number of experts is that of the weights given.
+        """
+        rows = self._rows(x)
+        if topk_ids.shape != topk_weights.shape or topk_ids.shape[:1] != rows.shape[:1]:
+            raise ValueError(
+                f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} must both be "
+                f"[{len(rows)}, k]"
+            )
+        if not len(rows):
+            return torch.empty_like(x)
+        experts = len(weights["gate_up"])
+        plan = self._plan(topk_ids.contiguous(), topk_weights.float().contiguous(), experts=experts)
+        constants = self._constants(plan, experts)
+        plan_kernel[(len(plan.block_counts),)](plan.topk_ids, *plan[2:], len(rows), **constants["plan"])
+        self._scatter(plan, constants)
+        return self._compute(rows, plan, weights, residual).reshape(x.shape)
+
+    def launches(self, tokens: int, target: str) -> tuple[str, ...]:
+        """The kernels that one `forward` launches, in order."""
+        return kernel_sequence(self.configs[target], tokens)
+
+    def workspace_bytes(self, tokens: int, target: str) -> int:
+        """Device memory in bytes that `forward` allocates besides its output."""
+        layer, config = self.layer, self.configs[target]
+        blocks = triton.cdiv(tokens, config["router"]["BLOCK_T"])
+        parts = config["router"]["SPLIT_H"]
+        words = 4 * tokens * layer.slots + (blocks + 1) * layer.total_experts + 2
+        words += 2 * _tiles(tokens, layer.slots, layer.total_experts, layer.shared, config)
+        words += self._counters(blocks, config)
+        words += parts * tokens * layer.experts if parts > 1 else 0
+        rows = tokens * layer.slots * (layer.intermediate + layer.hidden)
+        return int(4 * words + rows * getattr(torch, layer.dtype).itemsize)
+
+    def _route(self, rows: torch.Tensor, weights: Weights, logits: torch.Tensor | None) -> Plan:
+        layer, tokens = self.layer, len(rows)
+        shape = (tokens, layer.slots)
+        ids = torch.empty(shape, dtype=torch.int32, device=rows.device)
+        topk_weights = torch.empty(shape, device=rows.device)
+        plan = self._plan(ids, topk_weights, experts=layer.total_experts, shared=layer.shared)
+        constants = self._constants(plan, layer.total_experts, has_logits=logits is not None)
+        parts = constants["router"]["SPLIT_H"]
+        if logits is not None:
+            logits = logits.reshape(-1, layer.experts).contiguous()
+            _expect("logits", logits, (tokens, layer.experts))
+            gate = logits
+        else:
+            gate = _tensor(weights, "gate", (layer.experts, layer.hidden), rows.dtype)
+            scratch = (parts, tokens, layer.experts)
+            logits = torch.empty(scratch, device=rows.device) if parts > 1 else rows
+        biases = [
+            _tensor(weights, name, (layer.experts,)) if layer.router[switch] else rows
+            for name, switch in (("router_bias", "HAS_ROUTER_BIAS"), ("correction_bias", "SELECTION_BIAS"))
+        ]
+        grid = (len(plan.block_counts), parts)
+        router_kernel[grid](rows, gate, *biases, logits, *plan, tokens, **constants["router"])
+        self._scatter(plan, constants)
+        return plan
+
+    def _scatter(self, plan: Plan, constants: dict[str, Constants]) -> None:
+        if constants["plan"]["SCATTER"]:
+            return
+        grid = (triton.cdiv(plan.topk_ids.numel(), constants["scatter"]["SCATTER_BLOCK"]),)
+        arrays = (plan.topk_ids, plan.slot_rank, plan.block_counts, plan.sorted_slots)
+        scatter_kernel[grid](*arrays, len(plan.topk_ids), **constants["scatter"])
+
+    def _compute(
+        self, rows: torch.Tensor, plan: Plan, weights: Weights, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        layer, (tokens, slots), dtype = self.layer, plan.topk_ids.shape, rows.dtype
+        experts, hidden, inner = len(plan.expert_offsets) - 1, layer.hidden, layer.intermediate
+        gate_up = _tensor(weights, "gate_up", (experts, 2 * inner, hidden), dtype)
+        down = _tensor(weights, "down", (experts, hidden, inner), dtype)
+        gate_up_bias, down_bias = rows, rows
+        if layer.has_expert_bias:
+            gate_up_bias = _tensor(weights, "gate_up_bias", (experts, 2 * inner))
+            down_bias = _tensor(weights, "down_bias", (experts, hidden))
+        if residual is not None:
+            residual = residual.reshape(-1, hidden).contiguous()
+            _expect("residual", residual, (tokens, hidden))
+        constants = self._constants(plan, experts, has_residual=residual is not None)
+        h = rows.new_empty((tokens * slots, inner))
+        partial = rows.new_empty((tokens * slots, hidden))
+        out = torch.empty_like(rows)
+        tiles, tail = len(plan.tile_expert), (rows if residual is None else residual, out)
+
+        grid = (tiles * triton.cdiv(inner, constants["gate_up"]["BLOCK_N"]),)
+        gate_up_kernel[grid](rows, gate_up, gate_up_bias, h, *plan.tile_map, **constants["gate_up"])
+        grid = (tiles * triton.cdiv(hidden, constants["down"]["BLOCK_N"]),)
+        routing = (plan.topk_ids, plan.topk_weights, partial, *tail, *plan.tile_map, plan.counters, tokens)
+        down_kernel[grid](h, down, down_bias, *routing, **constants["down"])
+        if not constants["down"]["FUSE_COMBINE"]:
+            blocks = constants["combine"]["BLOCK_T"], constants["combine"]["BLOCK_H"]
+            combine_grid = (triton.cdiv(tokens, blocks[0]), triton.cdiv(hidden, blocks[1]))
+            combine_kernel[combine_grid](partial, plan.topk_ids, *tail, tokens, **constants["combine"])
+        return out
+
+    def _plan(self, ids: torch.Tensor, topk_weights: torch.Tensor, *, experts: int, shared: int = 0) -> Plan:
+        tokens, slots = ids.shape
+        config = self.configs[self._target(ids.device)]
+        blocks = triton.cdiv(tokens, config["router"]["BLOCK_T"])
+        tiles = _tiles(tokens, slots, experts, shared, config)
+        sizes = (tokens * slots, blocks * experts, experts + 1, tiles, tiles, 1, tokens * slots)
+        arrays = [torch.empty(size, dtype=torch.int32, device=ids.device) for size in sizes]
+        arrays[1] = arrays[1].view(blocks, experts)
+        counters = self._zero_counters(ids.device, self._counters(blocks, config))
+        return Plan._make((ids, topk_weights, *arrays, counters))
+
+    def _counters(self, blocks: int, config: Config) -> int:
+        """One for the plan and one a token block, or, later, one a column block of the down kernel."""
+        return int(max(1 + blocks, triton.cdiv(self.layer.hidden, config["down"]["BLOCK_N"])))
+
+    def _zero_counters(self, device: torch.device, count: int) -> torch.Tensor:
+        """Counters that are zero now; kernels leave them so, and launches on one stream share them."""
+        # A capture only records the memset, and the host's interpreter may have stopped inside a kernel.
+        if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        key = (device, torch.cuda.current_stream(device).cuda_stream)
+        if key not in self._idle_counters or len(self._idle_counters[key]) < count:
+            self._idle_counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+        return self._idle_counters[key]
+
+    def _constants(self, plan: Plan, experts: int, **switches: bool) -> dict[str, Constants]:
+        tokens, slots = plan.topk_ids.shape
+        target = self._target(plan.topk_ids.device)
+        return kernel_constants(
+            self.layer,
+            self.configs[target],
+            tokens=tokens,
+            slots=slots,
+            experts=experts,
+            interpreted=target == "interpret",
+            **switches,
+        )
+
+    def _target(self, device: torch.device) -> str:
+        if not isinstance(router_kernel, triton.JITFunction):
+            target = "interpret"
+        elif device.type != "cuda":
+            raise RuntimeError(
+                f"no kernels for device {device}: set TRITON_INTERPRET=1 to interpret them there"
+            )
+        elif torch.version.hip:
+            target = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        else:
+            target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        if target not in self.configs:
+            raise RuntimeError(f"no configs for {target}: this module has {', '.join(self.configs)}")
+        return target
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.layer.hidden or x.dtype != getattr(torch, self.layer.dtype):
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)}, not {self.layer.dtype} [..., {self.layer.hidden}]"
+            )
+        return x.reshape(-1, self.layer.hidden).contiguous()
+
+
+def _tiles(tokens: int, slots: int, experts: int, shared: int, config: Config) -> int:
+    """Row tiles to launch; the shared experts, which see every token, need no worst case."""
+    block_m = config["gate_up"]["BLOCK_M"]
+    return int(
+        shared * triton.cdiv(tokens, block_m) + tiles_max(tokens, slots - shared, experts - shared, block_m)
+    )
+
+
+def _tensor(
+    weights: Weights, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """weights[name], of that shape, contiguous, and of that dtype if one is given."""
+    if name not in weights:
+        raise ValueError(f"weights lack {name!r} {list(shape)}")
+    tensor = weights[name]
+    _expect(name, tensor, shape)
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, not {dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous")
+    return tensor
+
+
+def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+
+
+LAYER = Layer(
+    hidden=2880,
+    intermediate=2880,
+    experts=32,
+    shared=0,
+    top_k=4,
+    dtype="bfloat16",
+    has_expert_bias=True,
+    router={
+        "SCORE": "softmax",
+        "SELECT_FIRST": True,
+        "SELECTION_BIAS": False,
+        "GROUPS": 1,
+        "TOP_GROUPS": 1,
+        "GROUP_SCORE": "max",
+        "NORMALIZE": False,
+        "NORM_EPS": 0.0,
+        "NORM_MIN": 0.0,
+        "SCALE": 1.0,
+        "HAS_ROUTER_BIAS": True,
+    },
+    activation={"ACTIVATION": "clamped_swiglu", "ALPHA": 1.702, "LIMIT": 7.0},
+)
+CONFIGS: Mapping[str, Config] = {
+    "sm_90": {
+        "router": {"BLOCK_T": 16, "BLOCK_H": 128, "SPLIT_H": 8, "num_warps": 8, "num_stages": 3},
+        "gate_up": {
+            "BLOCK_M": 16,
+            "BLOCK_N": 64,
+            "BLOCK_K": 64,
+            "GROUP_M": 1,
+            "num_warps": 4,
+            "num_stages": 4,
+        },
+        "down": {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 1, "num_warps": 4, "num_stages": 4},
+        "combine": {"FUSED_TOKENS": 32, "BLOCK_T": 1, "BLOCK_H": 1024, "num_warps": 4},
+    },
+    "gfx942": {
+        "router": {"BLOCK_T": 16, "BLOCK_H": 32, "SPLIT_H": 8, "num_warps": 8, "num_stages": 2},
+        "gate_up": {
+            "BLOCK_M": 16,
+            "BLOCK_N": 64,
+            "BLOCK_K": 64,
+            "GROUP_M": 1,
+            "num_warps": 4,
+            "num_stages": 4,
+        },
+        "down": {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 1, "num_warps": 4, "num_stages": 4},
+        "combine": {"FUSED_TOKENS": 32, "BLOCK_T": 1, "BLOCK_H": 1024, "num_warps": 4},
+    },
+    "interpret": {
+        "router": {"BLOCK_T": 64, "BLOCK_H": 2048, "SPLIT_H": 1, "num_warps": 4, "num_stages": 3},
+        "gate_up": {
+            "BLOCK_M": 16,
+            "BLOCK_N": 512,
+            "BLOCK_K": 2048,
+            "GROUP_M": 8,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
+        "down": {
+            "BLOCK_M": 16,
+            "BLOCK_N": 512,
+            "BLOCK_K": 2048,
+            "GROUP_M": 8,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
+        "combine": {"FUSED_TOKENS": 32, "BLOCK_T": 64, "BLOCK_H": 2048, "num_warps": 4},
+    },
+}
+
+launcher = Launcher(LAYER, CONFIGS)
+forward = launcher.forward
+route = launcher.route
+experts = launcher.experts
+launches = launcher.launches
+workspace_bytes = launcher.workspace_bytes
