@@ -52,9 +52,10 @@ def _gemm_config(shape: LayerShape, target: Target, block_m: int, *, weights: in
         (shape.intermediate, shape.hidden) if weights == 2 else (shape.hidden, shape.intermediate)
     )
     step = 128 // DTYPE_BYTES[shape.dtype]
+    matrix_units = shape.dtype != "float32"
     if block_m <= 32:
-        tiles = tiles_max(shape.tokens, shape.top_k, shape.experts, block_m)
-        block_n = 128 // weights
+        tiles = tiles_max(shape.tokens, shape.top_k, shape.slots or shape.experts, block_m)
+        block_n = (128 if matrix_units else 64) // weights
         while block_n > 32 and tiles * -(-columns // block_n) < BUSY_PROGRAMS:
             block_n //= 2
         return GemmConfig(
@@ -68,7 +69,7 @@ def _gemm_config(shape: LayerShape, target: Target, block_m: int, *, weights: in
     wide = block_m == 128
     return GemmConfig(
         block_m=block_m,
-        block_n=256 // weights if wide and target.wgmma_rows else 128 // weights,
+        block_n=(256 if wide and target.wgmma_rows else 128) // weights if matrix_units else 64 // weights,
         block_k=_dividing_block(reduced, step),
         num_warps=8 if wide else 4,
         num_stages=3,

@@ -54,7 +54,7 @@ def compile_job(job: Job) -> list[CompiledKernel]:
         config,
         tokens=job.shape.tokens,
         slots=layer.slots,
-        experts=layer.total_experts,
+        experts=job.shape.held_experts,
         interpreted=False,
     )
     names = job.kernels or kernel_sequence(config, job.shape.tokens)

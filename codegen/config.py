@@ -21,6 +21,8 @@ class LayerShape:
     first); down [experts + shared, hidden, intermediate]. The `shared` experts see every token with weight 1 and
     have the ids experts .. experts + shared - 1; a shared expert that is n times as wide is n of them.
     `tokens` is the count that configs are tuned for: kernels take any count at run time.
+    `slots`: the number of experts whose weights this device holds, where the rows of its experts come from other
+    devices, as many as it sends; None: all are here.
     `has_router_bias`: a bias [experts] on the logits. `has_expert_bias`: gate_up_bias [experts + shared, 2 *
     intermediate] and down_bias [experts + shared, hidden]. The correction bias is `router.selection_bias`.
     """
@@ -31,6 +33,7 @@ class LayerShape:
     experts: int
     top_k: int
     shared: int = 0
+    slots: int | None = None
     dtype: DType = "bfloat16"
     router: Router = field(default_factory=Router)
     activation: Activation = field(default_factory=Activation)
@@ -51,7 +54,12 @@ class LayerShape:
     @property
     def rows_per_expert(self) -> float:
         """Expected rows of a routed expert when every expert is chosen alike."""
-        return self.tokens * self.top_k / self.experts
+        return self.tokens * self.top_k / (self.slots or self.experts)
+
+    @property
+    def held_experts(self) -> int:
+        """Experts whose weights this device holds, shared ones too: those that the GEMMs see."""
+        return (self.slots or self.experts) + self.shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +110,10 @@ def tile_shared_bytes(
 ) -> int:
     """Shared memory in bytes of a pipelined loop that multiplies [rows, reduced] by [reduced, columns].
 
-    One buffer per stage; where the dot reads its operands from registers (rows below `wgmma_rows`) the last stage
-    needs none. `columns` counts both halves of a step with two dots. tcgen05 adds a barrier of 16 bytes a dot.
+    One buffer per stage; where the dot reads its operands from registers (rows below `wgmma_rows`, or float32,
+    which no matrix unit multiplies exactly) the last stage needs none. `columns` counts both halves of a step with two dots. tcgen05 adds a barrier of 16 bytes a dot.
     """
-    from_shared = target.wgmma_rows and rows >= target.wgmma_rows
+    from_shared = target.wgmma_rows and rows >= target.wgmma_rows and dtype != "float32"
     buffers = max(stages - (not from_shared), 1)
     barriers = 16 * dots if from_shared and target.name == "sm_100" else 0
     return (rows + columns) * reduced * DTYPE_BYTES[dtype] * buffers + barriers

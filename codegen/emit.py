@@ -57,6 +57,7 @@ def emit_module(shape: LayerShape, configs: Mapping[str, KernelConfigs], name: s
 def _docstring(shape: LayerShape, configs: Mapping[str, KernelConfigs], name: str) -> str:
     router, activation = shape.router, shape.activation
     shared = f" and {shape.shared} shared" if shape.shared else ""
+    held = f", {shape.slots} of them on a device" if shape.slots else ""
     select = "top-k of the logits, then " if router.select_first else ""
     groups = f", best {router.top_groups} of {router.groups} groups" if router.groups > 1 else ""
     counts = {
@@ -66,7 +67,7 @@ def _docstring(shape: LayerShape, configs: Mapping[str, KernelConfigs], name: st
     lines = [
         f'"""{name}: one Mixture-of-Experts layer, emitted by moecc. Change the compiler, not this file.',
         "",
-        f"{shape.experts} experts{shared}, top-{shape.top_k}, hidden {shape.hidden}, intermediate "
+        f"{shape.experts} experts{shared}{held}, top-{shape.top_k}, hidden {shape.hidden}, intermediate "
         f"{shape.intermediate}, {shape.dtype}; tuned for {shape.tokens} tokens, right for any number.",
         f"Router: {select}{router.score}{groups}. Activation: {activation.kind}.",
         f"Launches of one forward at {shape.tokens} tokens:",

@@ -101,6 +101,8 @@ class Launcher:
             )
         if not len(rows):
             return torch.empty_like(x)
+        if "gate_up" not in weights:
+            raise ValueError("weights lack 'gate_up'")
         experts = len(weights["gate_up"])
         plan = self._plan(topk_ids.contiguous(), topk_weights.float().contiguous(), experts=experts)
         constants = self._constants(plan, experts)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moecc.autotune.defaults import default_configs
-from moecc.codegen.aot import compile_kernels
+from moecc.codegen.aot import CompiledKernel, Job, compile_batch
 from moecc.codegen.emit import emit_module
-from moecc.codegen.layers import KernelSet
+from moecc.codegen.frozen import kernel_sequence
+from moecc.codegen.layers import Entry, KernelSet
+from moecc.codegen.switches import freeze_configs
+
+WORKERS = 2  # compiler processes at once, about 0.5 GB each
 
 
 @dataclass(frozen=True)
@@ -28,21 +33,47 @@ def build_kernels(
     Raises InputError for a shape that a target cannot run, MoeccError where Triton fails.
     """
     built = BuiltKernels()
-    for index, kernels in enumerate(sets):
+    jobs: list[tuple[KernelSet, Job]] = []
+    for kernels in sets:
         configs = {target: default_configs(kernels.shape, target) for target in (*targets, "interpret")}
         built.files[kernels.file] = emit_module(kernels.shape, configs, kernels.name)
-        for number, target in enumerate(targets):
-            progress("kernels", index * len(targets) + number, len(sets) * len(targets))
-            for kernel in compile_kernels(kernels.shape, configs[target], target):
-                stem = f"kernels/{target}/{kernels.name}.{kernel.name}"
-                built.files[f"{stem}.{kernel.assembly_suffix}"] = kernel.assembly
-                built.files[f"{stem}.{kernel.binary_suffix}"] = kernel.binary
-                built.table.append(
-                    {
-                        "set": kernels.name,
-                        "kernel": kernel.name,
-                        "target": target,
-                        **asdict(kernel.resources),
-                    }
-                )
+        for target in targets:
+            sequence = kernel_sequence(freeze_configs(configs[target]), kernels.shape.tokens)
+            jobs += [
+                (kernels, Job(shape=kernels.shape, configs=configs[target], target=target, kernels=(name,)))
+                for name in _needed(kernels.entry, sequence)
+            ]
+    for (kernels, job), compiled in zip(jobs, _compiled([job for _, job in jobs], progress), strict=True):
+        _add(built, kernels, job.target, compiled)
     return built
+
+
+def _needed(entry: Entry, forward: tuple[str, ...]) -> tuple[str, ...]:
+    """The kernels of a set, given those of one forward call: a routing made elsewhere is planned, not routed."""
+    if entry == "forward":
+        return forward
+    return (*(("router",) if entry == "distributed" else ()), "plan", *forward[1:])
+
+
+def _compiled(jobs: Sequence[Job], progress: Callable[[str, int, int], None]) -> list[CompiledKernel]:
+    """The kernels of `jobs`, one each and in order, from processes that share the work."""
+    shares = [range(worker, len(jobs), WORKERS) for worker in range(WORKERS)]
+    found: dict[int, CompiledKernel] = {}
+    progress("kernels", 0, len(jobs))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        running = {
+            pool.submit(compile_batch, [jobs[i] for i in share]): share for share in shares if len(share)
+        }
+        for future in as_completed(running):
+            found |= {i: batch[0] for i, batch in zip(running[future], future.result(), strict=True)}
+            progress("kernels", len(found), len(jobs))
+    return [found[i] for i in range(len(jobs))]
+
+
+def _add(built: BuiltKernels, kernels: KernelSet, target: str, compiled: CompiledKernel) -> None:
+    stem = f"kernels/{target}/{kernels.name}.{compiled.name}"
+    built.files[f"{stem}.{compiled.assembly_suffix}"] = compiled.assembly
+    built.files[f"{stem}.{compiled.binary_suffix}"] = compiled.binary
+    built.table.append(
+        {"set": kernels.name, "kernel": compiled.name, "target": target, **asdict(compiled.resources)}
+    )

@@ -87,7 +87,7 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _kernels(kernels: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ("kernel", "target", "registers", "shared KB", "spill B", "loop instr.", "wgmma")
+    columns = ("kernel", "target", "registers", "shared KB", "spill B", "loop instr.", "matrix")
     table = _table(*columns)
     for row in kernels:
         table.add_row(
@@ -96,8 +96,8 @@ def _kernels(kernels: Sequence[Mapping[str, Any]]) -> Table:
             str(row["registers"]),
             f"{row['shared_bytes'] / 1024:.1f}",
             str(row["spill_bytes"]),
-            str(row["loop_instructions"]),
-            "yes" if row["uses_wgmma"] else "",
+            str(row["loop_instructions"] or "-"),
+            row["matrix_instruction"],
         )
     return table
 

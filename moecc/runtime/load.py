@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,10 +102,12 @@ class Kernels:
 def load_kernels(artifact: Artifact, kernels: KernelSet, device: str) -> Kernels:
     """Imports the set's module from the artifact. Raises MoeccError where the artifact has no code for the device."""
     path = artifact.folder / kernels.file
-    spec = importlib.util.spec_from_file_location(f"moecc_artifact_{kernels.name}", path)
+    digest = artifact.manifest["files"][kernels.file]
+    spec = importlib.util.spec_from_file_location(f"moecc_artifact_{kernels.name}_{digest[:16]}", path)
     if spec is None or spec.loader is None:
         raise MoeccError("cannot be imported", where=str(path), hint="compile again")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up while it is executed
     with _interpreting(device == "cpu"):
         spec.loader.exec_module(module)
     return Kernels(module, interpreted=device == "cpu")

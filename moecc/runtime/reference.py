@@ -33,7 +33,7 @@ def select(router: Router, scores: Tensor, correction_bias: Tensor | None) -> Se
     weighting = scores.sigmoid() if router.score == "sigmoid" else scores.softmax(-1)
     selecting = weighting + correction_bias.double() if correction_bias is not None else weighting
     if router.groups > 1:
-        grouped = selecting.unflatten(-1, (router.groups, -1))
+        grouped = selecting.reshape(len(selecting), router.groups, -1)
         best = grouped.topk(2, -1).values.sum(-1) if router.group_score == "top2_sum" else grouped.amax(-1)
         keep = torch.zeros_like(best, dtype=torch.bool).scatter(
             -1, best.topk(router.top_groups, -1).indices, True
@@ -65,7 +65,7 @@ def experts(
 ) -> Tensor:
     """Sum over a token's experts of weight * down(activation(gate_up(x))): [tokens, hidden] in float64."""
     out = torch.zeros_like(x, dtype=torch.float64)
-    for expert in ids.unique().tolist():
+    for expert in torch.unique(ids).tolist():
         if not 0 <= expert < len(weights["gate_up"]):
             continue
         tokens, slots = torch.nonzero(ids == expert, as_tuple=True)

@@ -15,6 +15,7 @@ from moecc.codegen.layers import KernelSet, kernel_set, kernel_sets
 from moecc.errors import InputError, MoeccError
 from moecc.ir.core import Function, Module
 from moecc.ir.parser import parse_module
+from moecc.ir.types import DTYPE_BYTES
 from moecc.runtime.load import Kernels, best_device, free_bytes, load_kernels
 
 if TYPE_CHECKING:
@@ -146,9 +147,7 @@ def _function_for(module: Module, sets: list[KernelSet], tokens: int) -> tuple[F
 
 
 def _weight_bytes(shape: LayerShape) -> int:
-    from moecc.ir.types import DTYPE_BYTES
-
-    return shape.total_experts * 3 * shape.hidden * shape.intermediate * DTYPE_BYTES[shape.dtype]
+    return (shape.experts + shape.shared) * 3 * shape.hidden * shape.intermediate * DTYPE_BYTES[shape.dtype]
 
 
 def random_weights(shape: LayerShape, generator: Any, device: str) -> dict[str, Tensor]:
@@ -159,11 +158,11 @@ def random_weights(shape: LayerShape, generator: Any, device: str) -> dict[str, 
 
     def normal(*size: int, scale: float) -> Tensor:
         values = torch.empty(size, dtype=dtype)
-        for part in values.view(-1, size[-1]).split(1 << 14):
+        for part in torch.split(values.view(-1, size[-1]), 1 << 14):
             part.copy_(torch.randn(part.shape, generator=generator) * scale)
         return values.to(device)
 
-    experts, hidden, inner = shape.total_experts, shape.hidden, shape.intermediate
+    experts, hidden, inner = shape.experts + shape.shared, shape.hidden, shape.intermediate
     weights = {
         "gate": normal(shape.experts, hidden, scale=hidden**-0.5),
         "gate_up": normal(experts, 2 * inner, hidden, scale=hidden**-0.5),
