@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,13 +59,16 @@ def compile_batch(jobs: Sequence[Job]) -> list[list[CompiledKernel]]:
     """
     for job in jobs:
         _require_compilable(job)
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "-m", "moecc.codegen.aot_worker"],
-        input=pickle.dumps(list(jobs)),
-        capture_output=True,
-        env={**env, "TRITON_DISABLE_LINE_INFO": "1"},
-    )
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory(prefix="moecc-") as cache:
+        # A cache of its own: whoever empties the user's while Triton works would break the compilation.
+        env = {"TRITON_CACHE_DIR": cache, **inherited, "TRITON_DISABLE_LINE_INFO": "1"}
+        process = subprocess.run(
+            [sys.executable, "-m", "moecc.codegen.aot_worker"],
+            input=pickle.dumps(list(jobs)),
+            capture_output=True,
+            env=env,
+        )
     if process.returncode:
         last = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise MoeccError(

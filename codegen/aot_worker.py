@@ -55,7 +55,7 @@ def compile_job(job: Job) -> list[CompiledKernel]:
         tokens=job.shape.tokens,
         slots=layer.slots,
         experts=job.shape.held_experts,
-        interpreted=False,
+        backend=target.backend,
     )
     names = job.kernels or kernel_sequence(config, job.shape.tokens)
     return [_compile(name, constants[name], job.shape.dtype, target) for name in names]

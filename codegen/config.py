@@ -111,7 +111,8 @@ def tile_shared_bytes(
     """Shared memory in bytes of a pipelined loop that multiplies [rows, reduced] by [reduced, columns].
 
     One buffer per stage; where the dot reads its operands from registers (rows below `wgmma_rows`, or float32,
-    which no matrix unit multiplies exactly) the last stage needs none. `columns` counts both halves of a step with two dots. tcgen05 adds a barrier of 16 bytes a dot.
+    which no matrix unit multiplies exactly) the last stage needs none. `columns` counts both halves of a step
+    with two dots. tcgen05 adds a barrier of 16 bytes a dot.
     """
     from_shared = target.wgmma_rows and rows >= target.wgmma_rows and dtype != "float32"
     buffers = max(stages - (not from_shared), 1)

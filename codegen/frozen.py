@@ -68,12 +68,15 @@ def kernel_constants(
     tokens: int,
     slots: int,
     experts: int,
-    interpreted: bool,
+    backend: str,
     has_logits: bool = False,
     has_residual: bool = False,
 ) -> dict[str, Constants]:
-    """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token."""
-    common = {"HIDDEN": layer.hidden, "INTERPRETED": interpreted}
+    """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token.
+
+    backend: cuda, hip or interpret.
+    """
+    common = {"HIDDEN": layer.hidden, "BACKEND": backend}
     gemm = {
         **common,
         "INTERMEDIATE": layer.intermediate,
@@ -102,6 +105,7 @@ def kernel_constants(
             "TOP_K": slots,
             **planning,
             **sorting,
+            "BACKEND": backend,
             "num_warps": config["router"]["num_warps"],
         },
         "scatter": {"NUM_EXPERTS": experts, "TOP_K": slots, **sorting},

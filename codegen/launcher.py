@@ -223,7 +223,7 @@ class Launcher:
             tokens=tokens,
             slots=slots,
             experts=experts,
-            interpreted=target == "interpret",
+            backend=_backend(target),
             **switches,
         )
 
@@ -248,6 +248,12 @@ class Launcher:
                 f"x is {x.dtype} {list(x.shape)}, not {self.layer.dtype} [..., {self.layer.hidden}]"
             )
         return x.reshape(-1, self.layer.hidden).contiguous()
+
+
+def _backend(target: str) -> str:
+    if target == "interpret":
+        return target
+    return "hip" if target.startswith("gfx") else "cuda"
 
 
 def _tiles(tokens: int, slots: int, experts: int, shared: int, config: Config) -> int:

@@ -8,17 +8,17 @@ import triton.language as tl
 
 
 @triton.jit
-def widen(values, INTERPRETED: tl.constexpr):
+def widen(values, BACKEND: tl.constexpr):
     """values in fp32. Triton's interpreter holds bf16 as raw integers: there the widening is a shift, and exact."""
-    if INTERPRETED and values.dtype == tl.bfloat16:
+    if BACKEND == "interpret" and values.dtype == tl.bfloat16:
         return (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return values.to(tl.float32)
 
 
 @triton.jit
-def narrow(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+def narrow(values, dtype: tl.constexpr, BACKEND: tl.constexpr):
     """fp32 values in dtype, rounded to nearest even, which Triton's interpreter does not do for bf16."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    if BACKEND == "interpret" and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return bits.to(tl.float32, bitcast=True).to(dtype)
@@ -26,20 +26,30 @@ def narrow(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def accumulate_dot(a, b, acc, INTERPRETED: tl.constexpr):
+def accumulate_dot(a, b, acc, BACKEND: tl.constexpr):
     """acc + a @ b in fp32; Triton's interpreter would multiply bf16 as raw integers."""
-    if INTERPRETED:
-        return tl.dot(widen(a, INTERPRETED), widen(b, INTERPRETED), acc, input_precision="ieee")
+    if BACKEND == "interpret":
+        return tl.dot(widen(a, BACKEND), widen(b, BACKEND), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def is_last_arrival(counter_ptr, arrivals):
+def is_last_arrival(counter_ptr, arrivals, BACKEND: tl.constexpr):
     """True in exactly one of the `arrivals` programs that call this: the last one, which sees all they wrote.
 
     Nobody waits. The last program leaves the counter at zero, so that a captured graph can be replayed.
     """
-    # The atomic releases one thread's writes: the barrier first gathers those of the whole program.
+    # The atomic releases one thread's writes: the barrier first gathers those of the whole program. On CDNA the
+    # barrier does not wait for stores on their way to L2, so every wavefront does.
+    if BACKEND == "hip":
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1",
+            "=v,v,~{memory}",
+            [tl.arange(0, 64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     is_last = arrived == arrivals - 1

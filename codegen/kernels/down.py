@@ -24,7 +24,7 @@ def combine_rows(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """out[token, n] = residual + the token's slots, j = 0, 1, ...; slots of other devices' experts are skipped."""
     is_token = token < num_tokens
@@ -38,10 +38,10 @@ def combine_rows(
         partial = tl.load(
             partial_ptr + slot[:, None] * HIDDEN + n[None, :], inside & held[:, None], other=0.0
         )
-        total += widen(partial, INTERPRETED)
+        total += widen(partial, BACKEND)
     if HAS_RESIDUAL:
-        total += widen(tl.load(residual_ptr + at, inside, other=0.0), INTERPRETED)
-    tl.store(out_ptr + at, narrow(total, out_ptr.dtype.element_ty, INTERPRETED), inside)
+        total += widen(tl.load(residual_ptr + at, inside, other=0.0), BACKEND)
+    tl.store(out_ptr + at, narrow(total, out_ptr.dtype.element_ty, BACKEND), inside)
 
 
 @triton.jit
@@ -60,10 +60,10 @@ def combine_if_last(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """The last program of a column block sums the columns that all of them stored."""
-    if is_last_arrival(counter_ptr, arrivals):
+    if is_last_arrival(counter_ptr, arrivals, BACKEND):
         for start in range(0, num_tokens, BLOCK_T):
             combine_rows(
                 partial_ptr,
@@ -79,7 +79,7 @@ def combine_if_last(
                 HAS_RESIDUAL,
                 BLOCK_T,
                 BLOCK_N,
-                INTERPRETED,
+                BACKEND,
             )
 
 
@@ -112,7 +112,7 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once."""
     COLUMN_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -137,20 +137,20 @@ def down_kernel(
             inside = k < INTERMEDIATE - start
             h = tl.load(h_ptrs, inside[None, :], other=0.0)
             weights = tl.load(down_ptrs, inside[:, None], other=0.0)
-        total = accumulate_dot(h, weights, total, INTERPRETED)
+        total = accumulate_dot(h, weights, total, BACKEND)
         h_ptrs += BLOCK_K
         down_ptrs += BLOCK_K
 
     is_column = n < HIDDEN
     if HAS_EXPERT_BIAS:
         bias = tl.load(down_bias_ptr + expert * HIDDEN + n, is_column, other=0.0)
-        total += widen(bias, INTERPRETED)[None, :]
+        total += widen(bias, BACKEND)[None, :]
     slot = tl.load(sorted_slots_ptr + row, is_row, other=0)
     total *= tl.load(topk_weights_ptr + slot, is_row, other=0.0)[:, None]
     partial_ptrs = partial_ptr + slot.to(tl.int64)[:, None] * HIDDEN + n[None, :]
     tl.store(
         partial_ptrs,
-        narrow(total, partial_ptr.dtype.element_ty, INTERPRETED),
+        narrow(total, partial_ptr.dtype.element_ty, BACKEND),
         is_row[:, None] & is_column[None, :],
     )
 
@@ -170,7 +170,7 @@ def down_kernel(
             HAS_RESIDUAL,
             COMBINE_T,
             BLOCK_N,
-            INTERPRETED,
+            BACKEND,
         )
 
 
@@ -187,7 +187,7 @@ def combine_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Grid: (token blocks, column blocks)."""
     combine_rows(
@@ -204,5 +204,5 @@ def combine_kernel(
         HAS_RESIDUAL,
         BLOCK_T,
         BLOCK_H,
-        INTERPRETED,
+        BACKEND,
     )

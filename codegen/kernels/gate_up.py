@@ -45,7 +45,7 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once."""
     COLUMN_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
@@ -75,8 +75,8 @@ def gate_up_kernel(
             x = tl.load(x_ptrs, inside[None, :], other=0.0)
             gate_weights = tl.load(gate_ptrs, inside[:, None], other=0.0)
             up_weights = tl.load(up_ptrs, inside[:, None], other=0.0)
-        gate = accumulate_dot(x, gate_weights, gate, INTERPRETED)
-        up = accumulate_dot(x, up_weights, up, INTERPRETED)
+        gate = accumulate_dot(x, gate_weights, gate, BACKEND)
+        up = accumulate_dot(x, up_weights, up, BACKEND)
         x_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
@@ -84,8 +84,8 @@ def gate_up_kernel(
     is_column = n < INTERMEDIATE
     if HAS_EXPERT_BIAS:
         bias_ptrs = gate_up_bias_ptr + expert * (2 * INTERMEDIATE) + n
-        gate += widen(tl.load(bias_ptrs, is_column, other=0.0), INTERPRETED)[None, :]
-        up += widen(tl.load(bias_ptrs + INTERMEDIATE, is_column, other=0.0), INTERPRETED)[None, :]
+        gate += widen(tl.load(bias_ptrs, is_column, other=0.0), BACKEND)[None, :]
+        up += widen(tl.load(bias_ptrs + INTERMEDIATE, is_column, other=0.0), BACKEND)[None, :]
     h = activate(gate, up, ACTIVATION, ALPHA, LIMIT)
     h_ptrs = h_ptr + row.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
-    tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty, INTERPRETED), is_row[:, None] & is_column[None, :])
+    tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty, BACKEND), is_row[:, None] & is_column[None, :])

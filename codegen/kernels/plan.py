@@ -114,10 +114,11 @@ def finish_plan(
     BLOCK_M: tl.constexpr,
     SCATTER: tl.constexpr,
     SCATTER_BLOCK: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """The last token block to arrive builds the plan and, with SCATTER, the sorted order too."""
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
-    if is_last_arrival(counter_ptr, num_blocks):
+    if is_last_arrival(counter_ptr, num_blocks, BACKEND):
         build_plan(
             block_counts_ptr,
             expert_offsets_ptr,
@@ -163,6 +164,7 @@ def plan_kernel(
     BLOCK_M: tl.constexpr,
     SCATTER: tl.constexpr,
     SCATTER_BLOCK: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """The plan of a routing that was made elsewhere. Grid: token blocks."""
     EXPERT_BLOCK: tl.constexpr = triton.next_power_of_2(NUM_EXPERTS)
@@ -201,6 +203,7 @@ def plan_kernel(
         BLOCK_M,
         SCATTER,
         SCATTER_BLOCK,
+        BACKEND,
     )
 
 

@@ -32,7 +32,7 @@ def gate_logits(
     BLOCK_T: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """x[token] @ gate[expert].T over the hidden dimensions [first_h, last_h): [BLOCK_T, COLUMNS] fp32."""
     h = first_h + tl.arange(0, BLOCK_H)
@@ -46,7 +46,7 @@ def gate_logits(
             inside = start + tl.arange(0, BLOCK_H) < HIDDEN
             x = tl.load(x_ptrs, inside[None, :], other=0.0)
             gate = tl.load(gate_ptrs, inside[:, None], other=0.0)
-        logits = accumulate_dot(x, gate, logits, INTERPRETED)
+        logits = accumulate_dot(x, gate, logits, BACKEND)
         x_ptrs += BLOCK_H
         gate_ptrs += BLOCK_H
     return logits
@@ -153,7 +153,7 @@ def route_tokens(
     NORM_EPS: tl.constexpr,
     NORM_MIN: tl.constexpr,
     SCALE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """logits [BLOCK_T, COLUMNS] -> columns and weights of the selected, [BLOCK_T, SLOT_BLOCK] each."""
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
@@ -167,7 +167,7 @@ def route_tokens(
     if SELECTION_BIAS and not SELECT_FIRST:
         expert = column // GROUP_PAD * GROUP_SIZE + column % GROUP_PAD
         bias = tl.load(correction_bias_ptr + expert, is_expert, other=0.0)
-        keys += widen(bias, INTERPRETED)[None, :]
+        keys += widen(bias, BACKEND)[None, :]
     # The floor keeps -inf for what cannot be selected, so that ids stay distinct even where a logit is NaN.
     keys = tl.where(is_expert[None, :], tl.maximum(keys, -3.0e38), float("-inf"))
     if GROUPS > 1 and not SELECT_FIRST:
@@ -223,7 +223,7 @@ def router_kernel(
     BLOCK_M: tl.constexpr,
     SCATTER: tl.constexpr,
     SCATTER_BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Grid: (token blocks, SPLIT_H). The last program of a token block selects, the last of all builds the plan."""
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
@@ -243,25 +243,25 @@ def router_kernel(
     logits_ptrs = logits_ptr + token.to(tl.int64)[:, None] * NUM_EXPERTS + expert[None, :]
 
     if HAS_LOGITS:
-        logits = widen(tl.load(logits_ptrs, mask, other=0.0), INTERPRETED)
+        logits = widen(tl.load(logits_ptrs, mask, other=0.0), BACKEND)
     else:
         PART_H: tl.constexpr = (HIDDEN + SPLIT_H * BLOCK_H - 1) // (SPLIT_H * BLOCK_H) * BLOCK_H
         first_h = tl.program_id(1) * PART_H
         last_h = min(first_h + PART_H, HIDDEN)
         row = tl.where(is_token, token, 0)
         logits = gate_logits(
-            x_ptr, gate_ptr, row, expert, first_h, last_h, HIDDEN, BLOCK_T, COLUMNS, BLOCK_H, INTERPRETED
+            x_ptr, gate_ptr, row, expert, first_h, last_h, HIDDEN, BLOCK_T, COLUMNS, BLOCK_H, BACKEND
         )
         if SPLIT_H > 1:
             part_size = num_tokens.to(tl.int64) * NUM_EXPERTS
             tl.store(logits_ptrs + tl.program_id(1) * part_size, logits, mask)
-            if not is_last_arrival(counters_ptr + 1 + block, SPLIT_H):
+            if not is_last_arrival(counters_ptr + 1 + block, SPLIT_H, BACKEND):
                 return
             logits = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
             for part in range(SPLIT_H):
                 logits += tl.load(logits_ptrs + part * part_size, mask, other=0.0)
     if HAS_ROUTER_BIAS:
-        logits += widen(tl.load(router_bias_ptr + expert), INTERPRETED)[None, :]
+        logits += widen(tl.load(router_bias_ptr + expert), BACKEND)[None, :]
 
     columns, weights = route_tokens(
         logits,
@@ -283,7 +283,7 @@ def router_kernel(
         NORM_EPS,
         NORM_MIN,
         SCALE,
-        INTERPRETED,
+        BACKEND,
     )
     chosen = mark_chosen(columns, is_token, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
     before = count_before(chosen)
@@ -326,4 +326,5 @@ def router_kernel(
         BLOCK_M,
         SCATTER,
         SCATTER_BLOCK,
+        BACKEND,
     )

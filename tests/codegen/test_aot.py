@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,18 +148,51 @@ def test_shared_memory_is_predicted_exactly(target):
 
 
 def test_float32_and_given_routing_compile():
-    shape = replace(MODELS["olmoe"], tokens=64, dtype="float32")
-    jobs = [
-        Job(shape=shape, configs=default_configs(shape, "sm_90"), target="sm_90"),
+    jobs = []
+    for target, tokens in (("sm_90", 4096), ("gfx942", 64)):
+        shape = replace(MODELS["olmoe"], tokens=tokens, dtype="float32")
+        jobs.append(
+            Job(
+                shape=shape,
+                configs=default_configs(shape, target),
+                target=target,
+                kernels=("gate_up", "down"),
+            )
+        )
+    routed = replace(MODELS["deepseek-v3"], tokens=2048)
+    jobs.append(
         Job(
-            shape=replace(MODELS["deepseek-v3"], tokens=2048),
-            configs=default_configs(MODELS["deepseek-v3"], "gfx942"),
+            shape=routed,
+            configs=default_configs(routed, "gfx942"),
             target="gfx942",
             kernels=("plan", "scatter"),
-        ),
+        )
+    )
+    for job, kernels in zip(jobs, compile_batch(jobs), strict=True):
+        for kernel in kernels:
+            assert kernel.resources.spill_bytes == 0, kernel.name
+            if job.shape.dtype == "float32":
+                assert kernel.resources.shared_bytes == gemm_shared_bytes(
+                    getattr(job.configs, kernel.name),
+                    weights=2 if kernel.name == "gate_up" else 1,
+                    dtype="float32",
+                    target=TARGETS[job.target],
+                )
+
+
+def test_the_last_program_sees_what_the_others_stored():
+    """The order of barrier, fence, counter and invalidation that the last-arrival pattern rests on."""
+    shape = replace(MODELS["olmoe"], tokens=16)
+    jobs = [
+        Job(shape=shape, configs=default_configs(shape, target), target=target, kernels=("down",))
+        for target in ("sm_90", "gfx942")
     ]
-    for kernel in itertools.chain(*compile_batch(jobs)):
-        assert kernel.resources.spill_bytes == 0, kernel.name
+    (cuda,), (amd,) = compile_batch(jobs)
+    assert re.search(
+        r"bar\.sync[^;]*;(?:(?!st\.global).)*?atom\.global\.gpu\.acq_rel", cuda.assembly, re.DOTALL
+    )
+    amd_order = r"s_waitcnt vmcnt\(0\)(?:(?!global_store).)*?s_barrier.*?buffer_wbl2 sc1.*?global_atomic_add.*?buffer_inv sc1"
+    assert re.search(amd_order, amd.assembly, re.DOTALL)
 
 
 def test_what_cannot_be_compiled():

@@ -81,12 +81,15 @@ def kernel_constants(
     tokens: int,
     slots: int,
     experts: int,
-    interpreted: bool,
+    backend: str,
     has_logits: bool = False,
     has_residual: bool = False,
 ) -> dict[str, Constants]:
-    """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token."""
-    common = {"HIDDEN": layer.hidden, "INTERPRETED": interpreted}
+    """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token.
+
+    backend: cuda, hip or interpret.
+    """
+    common = {"HIDDEN": layer.hidden, "BACKEND": backend}
     gemm = {
         **common,
         "INTERMEDIATE": layer.intermediate,
@@ -110,7 +113,14 @@ def kernel_constants(
             **sorting,
             "SPLIT_H": split,
         },
-        "plan": {"NUM_EXPERTS": experts, "TOP_K": slots, **planning, **sorting},
+        "plan": {
+            "NUM_EXPERTS": experts,
+            "TOP_K": slots,
+            **planning,
+            **sorting,
+            "BACKEND": backend,
+            "num_warps": config["router"]["num_warps"],
+        },
         "scatter": {"NUM_EXPERTS": experts, "TOP_K": slots, **sorting},
         "gate_up": {**gemm, **layer.activation, **config["gate_up"]},
         "down": {
@@ -129,17 +139,17 @@ def kernel_constants(
 
 
 @triton.jit
-def widen(values, INTERPRETED: tl.constexpr):
+def widen(values, BACKEND: tl.constexpr):
     """values in fp32. Triton's interpreter holds bf16 as raw integers: there the widening is a shift, and exact."""
-    if INTERPRETED and values.dtype == tl.bfloat16:
+    if BACKEND == "interpret" and values.dtype == tl.bfloat16:
         return (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return values.to(tl.float32)
 
 
 @triton.jit
-def narrow(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+def narrow(values, dtype: tl.constexpr, BACKEND: tl.constexpr):
     """fp32 values in dtype, rounded to nearest even, which Triton's interpreter does not do for bf16."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    if BACKEND == "interpret" and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return bits.to(tl.float32, bitcast=True).to(dtype)
@@ -147,20 +157,30 @@ def narrow(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def accumulate_dot(a, b, acc, INTERPRETED: tl.constexpr):
+def accumulate_dot(a, b, acc, BACKEND: tl.constexpr):
     """acc + a @ b in fp32; Triton's interpreter would multiply bf16 as raw integers."""
-    if INTERPRETED:
-        return tl.dot(widen(a, INTERPRETED), widen(b, INTERPRETED), acc, input_precision="ieee")
+    if BACKEND == "interpret":
+        return tl.dot(widen(a, BACKEND), widen(b, BACKEND), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def is_last_arrival(counter_ptr, arrivals):
+def is_last_arrival(counter_ptr, arrivals, BACKEND: tl.constexpr):
     """True in exactly one of the `arrivals` programs that call this: the last one, which sees all they wrote.
 
     Nobody waits. The last program leaves the counter at zero, so that a captured graph can be replayed.
     """
-    # The atomic releases one thread's writes: the barrier first gathers those of the whole program.
+    # The atomic releases one thread's writes: the barrier first gathers those of the whole program. On CDNA the
+    # barrier does not wait for stores on their way to L2, so every wavefront does.
+    if BACKEND == "hip":
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1",
+            "=v,v,~{memory}",
+            [tl.arange(0, 64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     is_last = arrived == arrivals - 1
@@ -279,10 +299,11 @@ def finish_plan(
     BLOCK_M: tl.constexpr,
     SCATTER: tl.constexpr,
     SCATTER_BLOCK: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """The last token block to arrive builds the plan and, with SCATTER, the sorted order too."""
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
-    if is_last_arrival(counter_ptr, num_blocks):
+    if is_last_arrival(counter_ptr, num_blocks, BACKEND):
         build_plan(
             block_counts_ptr,
             expert_offsets_ptr,
@@ -328,6 +349,7 @@ def plan_kernel(
     BLOCK_M: tl.constexpr,
     SCATTER: tl.constexpr,
     SCATTER_BLOCK: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """The plan of a routing that was made elsewhere. Grid: token blocks."""
     EXPERT_BLOCK: tl.constexpr = triton.next_power_of_2(NUM_EXPERTS)
@@ -366,6 +388,7 @@ def plan_kernel(
         BLOCK_M,
         SCATTER,
         SCATTER_BLOCK,
+        BACKEND,
     )
 
 
@@ -413,7 +436,7 @@ def gate_logits(
     BLOCK_T: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """x[token] @ gate[expert].T over the hidden dimensions [first_h, last_h): [BLOCK_T, COLUMNS] fp32."""
     h = first_h + tl.arange(0, BLOCK_H)
@@ -427,7 +450,7 @@ def gate_logits(
             inside = start + tl.arange(0, BLOCK_H) < HIDDEN
             x = tl.load(x_ptrs, inside[None, :], other=0.0)
             gate = tl.load(gate_ptrs, inside[:, None], other=0.0)
-        logits = accumulate_dot(x, gate, logits, INTERPRETED)
+        logits = accumulate_dot(x, gate, logits, BACKEND)
         x_ptrs += BLOCK_H
         gate_ptrs += BLOCK_H
     return logits
@@ -534,7 +557,7 @@ def route_tokens(
     NORM_EPS: tl.constexpr,
     NORM_MIN: tl.constexpr,
     SCALE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """logits [BLOCK_T, COLUMNS] -> columns and weights of the selected, [BLOCK_T, SLOT_BLOCK] each."""
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
@@ -548,7 +571,7 @@ def route_tokens(
     if SELECTION_BIAS and not SELECT_FIRST:
         expert = column // GROUP_PAD * GROUP_SIZE + column % GROUP_PAD
         bias = tl.load(correction_bias_ptr + expert, is_expert, other=0.0)
-        keys += widen(bias, INTERPRETED)[None, :]
+        keys += widen(bias, BACKEND)[None, :]
     # The floor keeps -inf for what cannot be selected, so that ids stay distinct even where a logit is NaN.
     keys = tl.where(is_expert[None, :], tl.maximum(keys, -3.0e38), float("-inf"))
     if GROUPS > 1 and not SELECT_FIRST:
@@ -604,7 +627,7 @@ def router_kernel(
     BLOCK_M: tl.constexpr,
     SCATTER: tl.constexpr,
     SCATTER_BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Grid: (token blocks, SPLIT_H). The last program of a token block selects, the last of all builds the plan."""
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
@@ -624,25 +647,25 @@ def router_kernel(
     logits_ptrs = logits_ptr + token.to(tl.int64)[:, None] * NUM_EXPERTS + expert[None, :]
 
     if HAS_LOGITS:
-        logits = widen(tl.load(logits_ptrs, mask, other=0.0), INTERPRETED)
+        logits = widen(tl.load(logits_ptrs, mask, other=0.0), BACKEND)
     else:
         PART_H: tl.constexpr = (HIDDEN + SPLIT_H * BLOCK_H - 1) // (SPLIT_H * BLOCK_H) * BLOCK_H
         first_h = tl.program_id(1) * PART_H
         last_h = min(first_h + PART_H, HIDDEN)
         row = tl.where(is_token, token, 0)
         logits = gate_logits(
-            x_ptr, gate_ptr, row, expert, first_h, last_h, HIDDEN, BLOCK_T, COLUMNS, BLOCK_H, INTERPRETED
+            x_ptr, gate_ptr, row, expert, first_h, last_h, HIDDEN, BLOCK_T, COLUMNS, BLOCK_H, BACKEND
         )
         if SPLIT_H > 1:
             part_size = num_tokens.to(tl.int64) * NUM_EXPERTS
             tl.store(logits_ptrs + tl.program_id(1) * part_size, logits, mask)
-            if not is_last_arrival(counters_ptr + 1 + block, SPLIT_H):
+            if not is_last_arrival(counters_ptr + 1 + block, SPLIT_H, BACKEND):
                 return
             logits = tl.zeros([BLOCK_T, COLUMNS], tl.float32)
             for part in range(SPLIT_H):
                 logits += tl.load(logits_ptrs + part * part_size, mask, other=0.0)
     if HAS_ROUTER_BIAS:
-        logits += widen(tl.load(router_bias_ptr + expert), INTERPRETED)[None, :]
+        logits += widen(tl.load(router_bias_ptr + expert), BACKEND)[None, :]
 
     columns, weights = route_tokens(
         logits,
@@ -664,7 +687,7 @@ def router_kernel(
         NORM_EPS,
         NORM_MIN,
         SCALE,
-        INTERPRETED,
+        BACKEND,
     )
     chosen = mark_chosen(columns, is_token, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
     before = count_before(chosen)
@@ -707,6 +730,7 @@ def router_kernel(
         BLOCK_M,
         SCATTER,
         SCATTER_BLOCK,
+        BACKEND,
     )
 
 
@@ -746,7 +770,7 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once."""
     COLUMN_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
@@ -776,8 +800,8 @@ def gate_up_kernel(
             x = tl.load(x_ptrs, inside[None, :], other=0.0)
             gate_weights = tl.load(gate_ptrs, inside[:, None], other=0.0)
             up_weights = tl.load(up_ptrs, inside[:, None], other=0.0)
-        gate = accumulate_dot(x, gate_weights, gate, INTERPRETED)
-        up = accumulate_dot(x, up_weights, up, INTERPRETED)
+        gate = accumulate_dot(x, gate_weights, gate, BACKEND)
+        up = accumulate_dot(x, up_weights, up, BACKEND)
         x_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
@@ -785,11 +809,11 @@ def gate_up_kernel(
     is_column = n < INTERMEDIATE
     if HAS_EXPERT_BIAS:
         bias_ptrs = gate_up_bias_ptr + expert * (2 * INTERMEDIATE) + n
-        gate += widen(tl.load(bias_ptrs, is_column, other=0.0), INTERPRETED)[None, :]
-        up += widen(tl.load(bias_ptrs + INTERMEDIATE, is_column, other=0.0), INTERPRETED)[None, :]
+        gate += widen(tl.load(bias_ptrs, is_column, other=0.0), BACKEND)[None, :]
+        up += widen(tl.load(bias_ptrs + INTERMEDIATE, is_column, other=0.0), BACKEND)[None, :]
     h = activate(gate, up, ACTIVATION, ALPHA, LIMIT)
     h_ptrs = h_ptr + row.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
-    tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty, INTERPRETED), is_row[:, None] & is_column[None, :])
+    tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty, BACKEND), is_row[:, None] & is_column[None, :])
 
 
 @triton.jit
@@ -807,7 +831,7 @@ def combine_rows(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """out[token, n] = residual + the token's slots, j = 0, 1, ...; slots of other devices' experts are skipped."""
     is_token = token < num_tokens
@@ -821,10 +845,10 @@ def combine_rows(
         partial = tl.load(
             partial_ptr + slot[:, None] * HIDDEN + n[None, :], inside & held[:, None], other=0.0
         )
-        total += widen(partial, INTERPRETED)
+        total += widen(partial, BACKEND)
     if HAS_RESIDUAL:
-        total += widen(tl.load(residual_ptr + at, inside, other=0.0), INTERPRETED)
-    tl.store(out_ptr + at, narrow(total, out_ptr.dtype.element_ty, INTERPRETED), inside)
+        total += widen(tl.load(residual_ptr + at, inside, other=0.0), BACKEND)
+    tl.store(out_ptr + at, narrow(total, out_ptr.dtype.element_ty, BACKEND), inside)
 
 
 @triton.jit
@@ -843,10 +867,10 @@ def combine_if_last(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """The last program of a column block sums the columns that all of them stored."""
-    if is_last_arrival(counter_ptr, arrivals):
+    if is_last_arrival(counter_ptr, arrivals, BACKEND):
         for start in range(0, num_tokens, BLOCK_T):
             combine_rows(
                 partial_ptr,
@@ -862,7 +886,7 @@ def combine_if_last(
                 HAS_RESIDUAL,
                 BLOCK_T,
                 BLOCK_N,
-                INTERPRETED,
+                BACKEND,
             )
 
 
@@ -895,7 +919,7 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once."""
     COLUMN_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -920,20 +944,20 @@ def down_kernel(
             inside = k < INTERMEDIATE - start
             h = tl.load(h_ptrs, inside[None, :], other=0.0)
             weights = tl.load(down_ptrs, inside[:, None], other=0.0)
-        total = accumulate_dot(h, weights, total, INTERPRETED)
+        total = accumulate_dot(h, weights, total, BACKEND)
         h_ptrs += BLOCK_K
         down_ptrs += BLOCK_K
 
     is_column = n < HIDDEN
     if HAS_EXPERT_BIAS:
         bias = tl.load(down_bias_ptr + expert * HIDDEN + n, is_column, other=0.0)
-        total += widen(bias, INTERPRETED)[None, :]
+        total += widen(bias, BACKEND)[None, :]
     slot = tl.load(sorted_slots_ptr + row, is_row, other=0)
     total *= tl.load(topk_weights_ptr + slot, is_row, other=0.0)[:, None]
     partial_ptrs = partial_ptr + slot.to(tl.int64)[:, None] * HIDDEN + n[None, :]
     tl.store(
         partial_ptrs,
-        narrow(total, partial_ptr.dtype.element_ty, INTERPRETED),
+        narrow(total, partial_ptr.dtype.element_ty, BACKEND),
         is_row[:, None] & is_column[None, :],
     )
 
@@ -953,7 +977,7 @@ def down_kernel(
             HAS_RESIDUAL,
             COMBINE_T,
             BLOCK_N,
-            INTERPRETED,
+            BACKEND,
         )
 
 
@@ -970,7 +994,7 @@ def combine_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Grid: (token blocks, column blocks)."""
     combine_rows(
@@ -987,7 +1011,7 @@ def combine_kernel(
         HAS_RESIDUAL,
         BLOCK_T,
         BLOCK_H,
-        INTERPRETED,
+        BACKEND,
     )
 
 
@@ -1075,6 +1099,8 @@ class Launcher:
             )
         if not len(rows):
             return torch.empty_like(x)
+        if "gate_up" not in weights:
+            raise ValueError("weights lack 'gate_up'")
         experts = len(weights["gate_up"])
         plan = self._plan(topk_ids.contiguous(), topk_weights.float().contiguous(), experts=experts)
         constants = self._constants(plan, experts)
@@ -1195,7 +1221,7 @@ class Launcher:
             tokens=tokens,
             slots=slots,
             experts=experts,
-            interpreted=target == "interpret",
+            backend=_backend(target),
             **switches,
         )
 
@@ -1220,6 +1246,12 @@ class Launcher:
                 f"x is {x.dtype} {list(x.shape)}, not {self.layer.dtype} [..., {self.layer.hidden}]"
             )
         return x.reshape(-1, self.layer.hidden).contiguous()
+
+
+def _backend(target: str) -> str:
+    if target == "interpret":
+        return target
+    return "hip" if target.startswith("gfx") else "cuda"
 
 
 def _tiles(tokens: int, slots: int, experts: int, shared: int, config: Config) -> int:
