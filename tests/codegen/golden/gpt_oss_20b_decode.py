@@ -536,6 +536,29 @@ def mark_chosen(
 
 
 @triton.jit
+def rank_in_block(
+    chosen,
+    columns,
+    BLOCK_T: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOT_BLOCK: tl.constexpr,
+):
+    """How many earlier tokens of the block chose the same column, [BLOCK_T, SLOT_BLOCK].
+
+    Slots past TOP_K belong to experts that every token chooses: their rank is the position in the block.
+    """
+    before = count_before(chosen)
+    j = tl.arange(0, SLOT_BLOCK)[None, :]
+    ranks = tl.zeros([BLOCK_T, SLOT_BLOCK], tl.int32) + tl.arange(0, BLOCK_T)[:, None]
+    for k in range(TOP_K):
+        pick = tl.sum(tl.where(j == k, columns, 0), axis=1)[:, None]
+        rank = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == pick, before, 0), axis=1)[:, None]
+        ranks = tl.where(j == k, rank, ranks)
+    return ranks
+
+
+@triton.jit
 def route_tokens(
     logits,
     correction_bias_ptr,
@@ -689,15 +712,10 @@ def router_kernel(
         BACKEND,
     )
     chosen = mark_chosen(columns, is_token, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
-    before = count_before(chosen)
-    j = tl.arange(0, SLOT_BLOCK)[None, :]
-    ranks = tl.zeros([BLOCK_T, SLOT_BLOCK], tl.int32) + tl.arange(0, BLOCK_T)[:, None]
-    for k in range(TOP_K):
-        pick = tl.sum(tl.where(j == k, columns, 0), axis=1)[:, None]
-        rank = tl.sum(tl.where(column[None, :] == pick, before, 0), axis=1)[:, None]
-        ranks = tl.where(j == k, rank, ranks)
+    ranks = rank_in_block(chosen, columns, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
 
-    # Slots past TOP_K are the shared experts: every token, weight 1, rank = position in the block.
+    # Slots past TOP_K are the shared experts: every token, weight 1.
+    j = tl.arange(0, SLOT_BLOCK)[None, :]
     ids = columns // GROUP_PAD * GROUP_SIZE + columns % GROUP_PAD
     ids = tl.where(j < TOP_K, ids, NUM_EXPERTS + j - TOP_K)
     weights = tl.where(j < TOP_K, weights, 1.0)
