@@ -47,18 +47,22 @@ FLOAT_POINTERS = {
 
 def compile_job(job: Job) -> list[CompiledKernel]:
     """Every kernel of the job, with the constants with which the launcher would launch it."""
-    target = find_target(job.target)
-    layer, config = freeze_layer(job.shape), freeze_configs(job.configs)
-    constants = kernel_constants(
-        layer,
-        config,
-        tokens=job.shape.tokens,
-        slots=layer.slots,
-        experts=job.shape.held_experts,
-        backend=target.backend,
-    )
-    names = job.kernels or kernel_sequence(config, job.shape.tokens)
-    return [_compile(name, constants[name], job.shape.dtype, target) for name in names]
+    target, shape = find_target(job.target), job.shape
+    layer, config = freeze_layer(shape), freeze_configs(job.configs)
+    names = job.kernels or kernel_sequence(config, shape.expert_tokens)
+
+    def constants(name: str) -> Constants:
+        tables = kernel_constants(
+            layer,
+            config,
+            tokens=shape.tokens if name == "router" else shape.expert_tokens,
+            slots=layer.slots,
+            experts=shape.held_experts,
+            backend=target.backend,
+        )
+        return tables[name]
+
+    return [_compile(name, constants(name), shape.dtype, target) for name in names]
 
 
 def _compile(name: str, constants: Constants, dtype: str, target: Target) -> CompiledKernel:

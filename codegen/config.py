@@ -21,8 +21,8 @@ class LayerShape:
     first); down [experts + shared, hidden, intermediate]. The `shared` experts see every token with weight 1 and
     have the ids experts .. experts + shared - 1; a shared expert that is n times as wide is n of them.
     `tokens` is the count that configs are tuned for: kernels take any count at run time.
-    `slots`: the number of experts whose weights this device holds, where the rows of its experts come from other
-    devices, as many as it sends; None: all are here.
+    `slots`: the number of experts whose weights this device holds, where tokens come from other devices; `received`:
+    how many tokens those are, which bring as many rows as this device's own `tokens` have. None: all is here.
     `has_router_bias`: a bias [experts] on the logits. `has_expert_bias`: gate_up_bias [experts + shared, 2 *
     intermediate] and down_bias [experts + shared, hidden]. The correction bias is `router.selection_bias`.
     """
@@ -34,6 +34,7 @@ class LayerShape:
     top_k: int
     shared: int = 0
     slots: int | None = None
+    received: int | None = None
     dtype: DType = "bfloat16"
     router: Router = field(default_factory=Router)
     activation: Activation = field(default_factory=Activation)
@@ -55,6 +56,11 @@ class LayerShape:
     def rows_per_expert(self) -> float:
         """Expected rows of a routed expert when every expert is chosen alike."""
         return self.tokens * self.top_k / (self.slots or self.experts)
+
+    @property
+    def expert_tokens(self) -> int:
+        """Tokens that the kernels behind the router see."""
+        return self.received or self.tokens
 
     @property
     def held_experts(self) -> int:

@@ -67,6 +67,7 @@ class Launcher:
         if not len(rows):
             return torch.empty_like(x)
         plan = self._route(rows, weights, logits)
+        self._scatter(plan)
         return self._compute(rows, plan, weights, residual).reshape(x.shape)
 
     def route(
@@ -107,7 +108,7 @@ class Launcher:
         plan = self._plan(topk_ids.contiguous(), topk_weights.float().contiguous(), experts=experts)
         constants = self._constants(plan, experts)
         plan_kernel[(len(plan.block_counts),)](plan.topk_ids, *plan[2:], len(rows), **constants["plan"])
-        self._scatter(plan, constants)
+        self._scatter(plan)
         return self._compute(rows, plan, weights, residual).reshape(x.shape)
 
     def launches(self, tokens: int, target: str) -> tuple[str, ...]:
@@ -148,10 +149,11 @@ class Launcher:
         ]
         grid = (len(plan.block_counts), parts)
         router_kernel[grid](rows, gate, *biases, logits, *plan, tokens, **constants["router"])
-        self._scatter(plan, constants)
         return plan
 
-    def _scatter(self, plan: Plan, constants: dict[str, Constants]) -> None:
+    def _scatter(self, plan: Plan) -> None:
+        """Fills sorted_slots where the launch that planned has left it to a second one."""
+        constants = self._constants(plan, len(plan.expert_offsets) - 1)
         if constants["plan"]["SCATTER"]:
             return
         grid = (triton.cdiv(plan.topk_ids.numel(), constants["scatter"]["SCATTER_BLOCK"]),)

@@ -38,7 +38,7 @@ def build_kernels(
         configs = {target: default_configs(kernels.shape, target) for target in (*targets, "interpret")}
         built.files[kernels.file] = emit_module(kernels.shape, configs, kernels.name)
         for target in targets:
-            sequence = kernel_sequence(freeze_configs(configs[target]), kernels.shape.tokens)
+            sequence = kernel_sequence(freeze_configs(configs[target]), kernels.shape.expert_tokens)
             jobs += [
                 (kernels, Job(shape=kernels.shape, configs=configs[target], target=target, kernels=(name,)))
                 for name in _needed(kernels.entry, sequence)

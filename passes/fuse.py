@@ -7,6 +7,7 @@ from typing import cast
 from moecc.ir.core import Function, Module, Op, Value
 from moecc.ir.op_checks import ACTIVATION_ATTRIBUTES
 from moecc.ir.ops import (
+    AllToAll,
     Combine,
     Dispatch,
     DownCombine,
@@ -115,14 +116,14 @@ def shared_as_experts(op: Op, function: Function) -> Replacement | None:
 
 def why_apart(op: SharedExpert, function: Function) -> str | None:
     """Why a shared expert keeps kernels of its own, or None if it can be a routed expert."""
+    if function.first(AllToAll) is not None:
+        return "the routed rows leave for other devices"
     partner = _routed_partner(op, function)
     if partner is None:
-        return "its sum does not meet the routed experts' in one residual on this device"
+        return "its sum does not meet that of fused routed experts"
     gate_up, routing = partner.rows.op, partner.routing.op
-    if not isinstance(gate_up, GateUp) or not isinstance(routing, FusedRouter) or not routing.sort:
-        return "the routed rows leave for other devices"
-    if gate_up.x is not op.x:
-        return "the routed experts run in token chunks"
+    if not isinstance(gate_up, GateUp) or not isinstance(routing, FusedRouter) or gate_up.x is not op.x:
+        return "the routed experts do not start from its input through a fused router"
     if gate_up.gate_up_bias is not None or partner.down_bias is not None:
         return "the routed experts have biases"
     routed, shared = cast(WeightsType, gate_up.gate_up.type), cast(WeightsType, op.gate_up.type)

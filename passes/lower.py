@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -22,7 +23,8 @@ from moecc.ir.rewriter import replace_values
 from moecc.ir.types import PlanType, RoutingType, TokensType, Type, WeightsType, bytes_at
 from moecc.passes.manager import Context
 
-ONE_LAUNCH_TOKENS = 1024  # beyond, scattering the sorted rows and combining are launches of their own
+ONE_LAUNCH_TOKENS = 1024  # beyond, scattering the sorted rows is a launch of its own
+FUSED_COMBINE_TOKENS = 32  # beyond, combining is a launch of its own
 
 
 class Lower:
@@ -102,16 +104,41 @@ def _router(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
         has_router_bias=op.bias is not None,
     )
     launch = _launch(op, "router", op.all_operands, writes)
-    scatter = op.sort and tokens > ONE_LAUNCH_TOKENS
-    return [launch, *([_launch(op, "scatter", writes[:1], writes[1:])] if scatter else [])]
+    return _sorting(op, launch, writes[:1], tokens) if op.sort else [launch]
+
+
+def _sorting(op: Op, launch: Launch, routing: Sequence[Value], tokens: float) -> list[Op]:
+    """The launch that sorts into the last of its buffers; for many tokens a second one scatters."""
+    if tokens <= ONE_LAUNCH_TOKENS:
+        return [launch]
+    return [launch, _launch(op, "scatter", routing, launch.writes[-1:], launch.suffix)]
+
+
+def _combining(
+    op: Op,
+    reads: Sequence[Value],
+    routing: Sequence[Value],
+    partial: TokensType,
+    out: Sequence[Value],
+    tokens: float,
+    suffix: str = "",
+) -> list[Op]:
+    """The down GEMM that combines, or for many tokens the GEMM and then the sum of its `partial` rows."""
+    if tokens <= FUSED_COMBINE_TOKENS:
+        return [_launch(op, "down_combine", reads, out, suffix)]
+    rows = _alloc(partial, "partial", op)
+    return [
+        rows,
+        _launch(op, "down", reads, [rows.buffer], suffix),
+        _launch(op, "combine", [rows.buffer, *routing], out, suffix),
+    ]
 
 
 def _plan(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
     routing = cast(RoutingType, op.routing.type)
-    lowering.describe(slots=routing.experts)
-    launch = _launch(op, "plan", [op.routing], writes)
-    scatter = routing.tokens.at(lowering.tokens) > ONE_LAUNCH_TOKENS
-    return [launch, *([_launch(op, "scatter", [op.routing], writes)] if scatter else [])]
+    received = routing.tokens.at(lowering.tokens)
+    lowering.describe(slots=routing.experts, received=math.ceil(received))
+    return _sorting(op, _launch(op, "plan", [op.routing], writes), [op.routing], received)
 
 
 def _gate_up(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
@@ -124,16 +151,10 @@ def _gate_up(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
 
 
 def _down(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
-    if cast(RoutingType, op.routing.type).tokens.at(lowering.tokens) <= ONE_LAUNCH_TOKENS:
-        return [_launch(op, "down_combine", op.all_operands, writes)]
-    down = cast(WeightsType, op.down.type)
-    dtype = cast(TokensType, op.rows.type).dtype
-    partial = _alloc(TokensType(cast(PlanType, op.plan.type).rows, down.shape[1], dtype), "partial", op)
-    return [
-        partial,
-        _launch(op, "down", op.all_operands, [partial.buffer]),
-        _launch(op, "combine", [partial.buffer, op.routing], writes),
-    ]
+    plan, down = cast(PlanType, op.plan.type), cast(WeightsType, op.down.type)
+    partial = TokensType(plan.rows, down.shape[1], cast(TokensType, op.rows.type).dtype)
+    tokens = cast(RoutingType, op.routing.type).tokens.at(lowering.tokens)
+    return _combining(op, op.all_operands, [op.routing], partial, writes, tokens)
 
 
 def _shared(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
@@ -151,15 +172,17 @@ def _shared(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
         intermediate=two_intermediate // 2,
         activation={key: op.attributes[key] for key in ACTIVATION_ATTRIBUTES},
     )
-    rows = x.rows.times(count)
+    rows, tokens = x.rows.times(count), x.rows.at(lowering.tokens)
     plan = _alloc(PlanType(rows, count), "plan", op)
     hidden = _alloc(TokensType(rows, two_intermediate // 2, x.dtype), "rows", op)
+    partial = TokensType(rows, x.hidden, x.dtype)
+    down_reads = [hidden.buffer, plan.buffer, op.down]
     return [
         plan,
         hidden,
-        _launch(op, "plan", [], [plan.buffer], "_shared"),
+        *_sorting(op, _launch(op, "plan", [], [plan.buffer], "_shared"), [], tokens),
         _launch(op, "gate_up", [op.x, plan.buffer, op.gate_up], [hidden.buffer], "_shared"),
-        _launch(op, "down_combine", [hidden.buffer, plan.buffer, op.down], writes, "_shared"),
+        *_combining(op, down_reads, [], partial, writes, tokens, "_shared"),
     ]
 
 

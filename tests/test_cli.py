@@ -71,7 +71,8 @@ def test_the_artifact_holds_what_carries_the_decisions_out(compiled: Any) -> Non
     artifact = load_artifact(compiled[0])
     files = set(artifact.manifest["files"])
     assert {
-        f"ir/0{i}-{name}.moe" for i, name in enumerate(["import", "normalize", "place", "overlap", "fuse", "lower"])
+        f"ir/0{i}-{name}.moe"
+        for i, name in enumerate(["import", "normalize", "place", "overlap", "fuse", "lower"])
     } < files
     assert {"placement.json", "schedule.json", "timeline.json", "report.json"} < files
     assert {"kernels/moe_decode.py", "kernels/moe_prefill.py"} < files

@@ -1,0 +1,75 @@
+"""The launches that `lower` writes down are those that the emitted launcher makes."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from moecc.autotune.defaults import default_configs
+from moecc.codegen.frozen import kernel_sequence
+from moecc.codegen.layers import KernelSet, kernel_set, kernel_sets
+from moecc.codegen.switches import freeze_configs
+from moecc.codegen.targets import TARGETS
+from moecc.frontend.hf_config import load_preset
+from moecc.frontend.spec import (
+    ClusterSpec,
+    CompileSpec,
+    PlacementSpec,
+    ServingSpec,
+    TokensPerDevice,
+    WorkloadSpec,
+)
+from moecc.frontend.to_ir import import_model
+from moecc.frontend.workloads import workloads
+from moecc.ir.core import Function, Module
+from moecc.ir.ops import Launch
+from moecc.passes.manager import Context, run_passes
+from moecc.passes.pipeline import PIPELINE
+
+
+@cache
+def _lowered(preset: str, devices: int, decode: int) -> Module:
+    spec = CompileSpec(
+        model=load_preset(preset),
+        cluster=ClusterSpec(device="h100-sxm", nodes=1, devices_per_node=devices),
+        workloads=(WorkloadSpec(name="assumed", routing="uniform"),),
+        serving=ServingSpec(tokens_per_device=TokensPerDevice(decode=decode, prefill=4096)),
+        placement=PlacementSpec(time_limit_s=0.5),
+        source="test",
+    )
+    module = import_model(spec)
+    run_passes(module, PIPELINE, Context(workloads=workloads(spec)))
+    return module
+
+
+def _launched(function: Function, suffix: str) -> list[str]:
+    """Kernels of one set in order, the exchange's launches of later chunks left out."""
+    names = [op.kernel for op in function.every(Launch) if op.suffix == suffix]
+    return list(dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("preset", "devices", "decode"),
+    [("olmoe-1b-7b", 1, 16), ("olmoe-1b-7b", 1, 256), ("qwen3-30b-a3b", 8, 8), ("deepseek-v3", 8, 128)],
+)
+def test_launches_agree_with_the_launcher(preset: str, devices: int, decode: int, target: str) -> None:
+    module = _lowered(preset, devices, decode)
+    sets = kernel_sets(module)
+    compared = 0
+    for function in module.functions:
+        for suffix in ("", "_shared"):
+            kernels = kernel_set(sets, function, suffix)
+            if kernels is not None:
+                assert _launched(function, suffix) == _expected(kernels, target)
+                compared += 1
+    assert compared >= 2
+
+
+def _expected(kernels: KernelSet, target: str) -> list[str]:
+    config = freeze_configs(default_configs(kernels.shape, target))
+    first, *rest = kernel_sequence(config, kernels.shape.expert_tokens)
+    start = {"forward": [first], "distributed": ["router", "plan"], "experts": ["plan"]}[kernels.entry]
+    fused = "combine" not in rest
+    return start + ["down_combine" if name == "down" and fused else name for name in rest]
