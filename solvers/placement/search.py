@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +84,8 @@ def _excess(loads: DeviceLoads, device_of: Ints, cap: float) -> Floats:
     """How far every swap of two units ends up over the cap, [units, units]; a single 0 if there is no cap."""
     if np.isinf(cap):
         return np.zeros((1, 1))
-    after, _ = loads.after_swaps(np.arange(len(device_of)), device_of)
+    every = np.arange(len(device_of))
+    after, _ = loads.after_swaps(every[:, None], every[None, :], device_of)
     return np.maximum(after - cap, 0.0)
 
 
@@ -101,13 +103,13 @@ def balance_layer(
     device_of = device_of.copy()
     loads = DeviceLoads(table, experts, device_of)
     units, tabu = len(experts), _Tabu(len(experts), table.devices, rng)
+    everyone = np.arange(units)
     best, best_devices, idle, step = loads.imbalance, device_of.copy(), 0, 0
     while best > floor + TOLERANCE and idle < 4 * units + 40 and not clock.passed(until):
         step += 1
         # Only a swap with a fullest device can lower the maximum.
-        peak = loads.sums >= loads.sums.max(axis=1, keepdims=True)
-        rows = np.flatnonzero(peak.any(axis=0)[device_of])
-        after, squares = loads.after_swaps(rows, device_of)
+        rows = np.flatnonzero(loads.fullest()[device_of])
+        after, squares = loads.after_swaps(rows[:, None], everyone[None, :], device_of)
         blocked = same_device(experts, device_of, rows, table.devices)
         blocked |= tabu.forbidden(rows, device_of, step) & (after >= best - TOLERANCE)
         # Many swaps leave the maximum as it is; the squares then prefer the one that evens out the other devices.
@@ -126,6 +128,24 @@ def balance_layer(
     return Found(device_of=best_devices, cost=best, imbalance=best)
 
 
+class Swaps(Protocol):
+    """What every swap of two units of a layer would do to a cost, kept up to date while swaps are applied.
+
+    device_of: [units + 1], the last entry the padding device.
+    """
+
+    device_of: Ints
+
+    @property
+    def cost(self) -> float: ...
+
+    def changes(self) -> Floats:
+        """[units, units]; entries of pairs on one device mean nothing."""
+        ...
+
+    def swap(self, u: int, v: int) -> None: ...
+
+
 def reduce_traffic(
     rows: TrafficRows,
     table: LayerLoads,
@@ -137,14 +157,29 @@ def reduce_traffic(
     clock: Clock,
     until: float,
 ) -> Found | None:
-    """Lower the traffic of a layer by at most `budget` swaps; None if no assignment within `cap` was met.
+    """Lower the traffic of a layer by at most `budget` swaps; None if no assignment within `cap` was met."""
+    swaps = SwapTable(rows, device_of)
+    return reduce_cost(swaps, rows.experts, table, cap=cap, budget=budget, rng=rng, clock=clock, until=until)
+
+
+def reduce_cost(
+    swaps: Swaps,
+    experts: Ints,
+    table: LayerLoads,
+    *,
+    cap: float,
+    budget: int,
+    rng: np.random.Generator,
+    clock: Clock,
+    until: float,
+) -> Found | None:
+    """Lower a cost of a layer by at most `budget` swaps; None if no assignment within `cap` was met.
 
     Swaps beyond the cap are allowed at a price that rises while the search is over the cap and falls while it is
     within, so that it walks along the border.
     """
-    experts, units = rows.experts, len(rows.experts)
-    swaps = SwapTable(rows, device_of)
-    loads = DeviceLoads(table, experts, device_of)
+    units = len(experts)
+    loads = DeviceLoads(table, experts, swaps.device_of[:-1])
     tabu, everyone, price, idle = _Tabu(units, table.devices, rng), np.arange(units), 10.0, 0
     best: Found | None = None
     for step in range(budget + 1):
