@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moecc.solvers.routing_stats import RoutingStats
+from moecc.solvers.trace_metrics import Locality
 
-_MIN_WIDTH = 100
+_MIN_WIDTH = 110
 
 
 def _console() -> Console:
@@ -111,9 +112,9 @@ def _memory(memory: Mapping[str, Any], serving: Mapping[str, Any]) -> Table:
     return table
 
 
-def print_trace_stats(stats: Sequence[RoutingStats]) -> None:
-    """One row a trace, means over layers."""
-    table = _table(
+def print_trace_stats(stats: Sequence[tuple[RoutingStats, Locality]]) -> None:
+    """Two tables, one row a trace, means over layers."""
+    structure = _table(
         "trace",
         "tokens",
         "sequences",
@@ -124,8 +125,9 @@ def print_trace_stats(stats: Sequence[RoutingStats]) -> None:
         "co-activation",
         "adjacent bits",
     )
-    for s in stats:
-        table.add_row(
+    local = _table("trace", "segment tokens", "SRP", "experts used / top k", "cached experts", "SCH")
+    for s, where in stats:
+        structure.add_row(
             s.name,
             f"{s.tokens:,}",
             f"{s.sequences:,}",
@@ -134,4 +136,15 @@ def print_trace_stats(stats: Sequence[RoutingStats]) -> None:
             *(f"{fmean(x):.3f}" for x in (s.load_skew, s.load_entropy_bits, s.co_activation)),
             f"{fmean(s.adjacent_information_bits):.3f}" if s.adjacent_information_bits else "-",
         )
-    _print(_console(), "Routing, means over layers", table)
+        local.add_row(
+            s.name,
+            str(where.segment_tokens),
+            *(f"{fmean(x):.3f}" for x in (where.srp, where.srp_size_ratio)),
+            str(where.cache_experts),
+            f"{fmean(where.sch):.3f}",
+        )
+    console = _console()
+    _print(console, "Routing, means over layers", structure)
+    _print(
+        console, "Locality, means over layers: best segment router (SRP), segment cache hit rate (SCH)", local
+    )

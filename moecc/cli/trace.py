@@ -45,13 +45,15 @@ def stats_command(
     traces: Annotated[list[Path], typer.Argument(help="Traces.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
 ) -> None:
-    """Say how skewed and how structured the routing of traces is."""
+    """Say how skewed, how structured and how local the routing of traces is."""
     from moecc.cli.tables import print_trace_stats
     from moecc.frontend.trace import load_trace
     from moecc.solvers.routing_stats import routing_stats
+    from moecc.solvers.trace_metrics import locality
 
-    stats = [routing_stats(load_trace(path)) for path in traces]
+    routings = [load_trace(path) for path in traces]
+    stats = [(routing_stats(routing), locality(routing)) for routing in routings]
     if as_json:
-        typer.echo(json.dumps([asdict(s) for s in stats], indent=1))
+        typer.echo(json.dumps([asdict(structure) | asdict(local) for structure, local in stats], indent=1))
     else:
         print_trace_stats(stats)
