@@ -14,6 +14,7 @@ from moecc.errors import InputError, Location
 
 SCHEMA = "moecc.placement/1"
 Status = Literal["optimal", "feasible", "time_limit", "infeasible"]
+INTERRUPTED = "interrupted: the best placement until then"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,6 +93,11 @@ class Certificate:
     wall_s: float
     seed: int
     note: str = ""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the search."""
+        return INTERRUPTED in self.note
 
 
 @dataclass(frozen=True, kw_only=True)
