@@ -3,64 +3,98 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moecc.solvers.batches import BATCHES, draw_batches
 from moecc.solvers.placement.problem import PlacementProblem
+from moecc.solvers.routing import Routing
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Rule = Literal["mean", "worst", "cvar"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoads:
-    """Expert loads of one layer, one row per workload (a single row if pooled), in units of the mean device load.
+    """Expert loads of one layer in units of the mean device load: a row per workload or batch, or one if pooled.
 
     loads: [rows, experts], every row sums to the number of devices. shares: [rows], summing to 1.
+    rule: how the rows' imbalances become one, their `mean` by shares, the `worst`, or the mean of the worst `tail`
+    (`cvar`; Rockafellar and Uryasev, 2000: the row at the edge of the tail counts in part).
     """
 
     loads: Floats
     shares: Floats
     devices: int
+    rule: Rule = "mean"
+    tail: float = 1.0
 
     def per_unit(self, experts: Ints) -> Floats:
         """[rows, units]: the load of every replica; experts [units] is the expert each unit holds."""
         replicas = np.bincount(experts, minlength=self.loads.shape[1])
         return self.loads[:, experts] / replicas[experts]
 
-    def lower_bound(self, slots_per_device: int) -> float:
-        """No placement's imbalance is below this.
+    def combine(self, peaks: Floats) -> Floats:
+        """The imbalance [...] from the rows' [rows, ...]; it never falls when a row's rises."""
+        if self.rule == "worst":
+            return np.asarray(peaks.max(axis=0), np.float64)
+        if self.rule == "mean" or len(peaks) == 1:
+            return np.asarray(np.tensordot(self.shares, peaks, 1), np.float64)
+        order = np.argsort(-peaks, axis=0, kind="stable")
+        weight = self.shares[order]
+        before = np.cumsum(weight, axis=0) - weight
+        counted = np.clip(self.tail - before, 0.0, weight)
+        return np.asarray((counted * np.take_along_axis(peaks, order, 0)).sum(axis=0) / self.tail)
 
-        The mean is 1. An expert has at most min(devices, spare slots + 1) replicas, so one device carries at least
-        that share of it; without spare slots its device also holds slots_per_device - 1 others, the lightest at best.
-        """
-        spare = self.devices * slots_per_device - self.loads.shape[1]
-        bounds = []
-        for row in self.loads:
-            heaviest = row.max() / min(self.devices, spare + 1)
-            rest = np.sort(row)[: slots_per_device - 1].sum() if spare == 0 else 0.0
-            bounds.append(max(1.0, heaviest + rest))
-        return float(self.shares @ np.array(bounds))
+    def decisive(self, peaks: Floats) -> NDArray[np.bool_]:
+        """[rows]: those that the imbalance depends on now; it cannot fall unless one of them does."""
+        if self.rule == "mean" or len(peaks) == 1:
+            return np.ones(len(peaks), np.bool_)
+        if self.rule == "worst":
+            return np.asarray(peaks >= peaks.max())
+        order = np.argsort(-peaks, kind="stable")
+        inside = np.cumsum(self.shares[order]) - self.shares[order] < self.tail
+        return np.asarray(peaks >= peaks[order[inside]].min())
 
 
 def layer_loads(problem: PlacementProblem) -> list[LayerLoads]:
     """The load table of every layer under the problem's balance."""
-    table = np.stack([routing.loads() for routing in problem.workloads])
     shares = problem.shares
+    if problem.balance == "cvar":
+        table = np.concatenate([_batch_loads(problem, routing) for routing in problem.workloads])
+        shares = np.repeat(shares / BATCHES, BATCHES)
+    else:
+        table = np.stack([routing.loads() for routing in problem.workloads])
     if problem.balance == "pooled":
         table, shares = np.einsum("w,wle->le", shares, table)[None], np.ones(1)
+    rules: dict[str, Rule] = {"worst": "worst", "cvar": "cvar"}
     return [
-        LayerLoads(loads=table[:, layer] * problem.devices, shares=shares, devices=problem.devices)
+        LayerLoads(
+            loads=table[:, layer] * problem.devices,
+            shares=shares,
+            devices=problem.devices,
+            rule=rules.get(problem.balance, "mean"),
+            tail=1 - problem.cvar_alpha,
+        )
         for layer in range(problem.layers)
     ]
+
+
+def _batch_loads(problem: PlacementProblem, routing: Routing) -> Floats:
+    """[batches, layers, experts]: the share of a batch's assignments that each expert receives."""
+    drawn = draw_batches(routing, count=BATCHES, batch_tokens=problem.batch_tokens, seed=problem.seed)
+    loads = [routing.take(tokens).loads() for tokens in drawn]
+    return np.asarray(loads, np.float64)
 
 
 class DeviceLoads:
     """Loads [rows, devices] under an assignment of units to devices, kept up to date while units are swapped."""
 
     def __init__(self, table: LayerLoads, experts: Ints, device_of: Ints) -> None:
-        self.shares, self.devices = table.shares, table.devices
+        self.table, self.shares, self.devices = table, table.shares, table.devices
         self.unit = table.per_unit(experts)
         self.sums: Floats = np.array(
             [np.bincount(device_of, row, minlength=self.devices) for row in self.unit], np.float64
@@ -68,7 +102,13 @@ class DeviceLoads:
 
     @property
     def imbalance(self) -> float:
-        return float(self.shares @ self.sums.max(axis=1))
+        return float(self.table.combine(self.sums.max(axis=1)))
+
+    def fullest(self) -> NDArray[np.bool_]:
+        """[devices]: where the imbalance comes from; only a swap with one of them can lower it."""
+        peaks = self.sums.max(axis=1)
+        rows = self.sums[self.table.decisive(peaks)]
+        return np.asarray((rows >= rows.max(axis=1, keepdims=True)).any(axis=0))
 
     def swap(self, u: int, v: int, a: int, b: int) -> None:
         """Exchange unit u of device a with unit v of device b."""
@@ -76,26 +116,25 @@ class DeviceLoads:
         self.sums[:, a] += change
         self.sums[:, b] -= change
 
-    def after_swaps(self, units: Ints, device_of: Ints) -> tuple[Floats, Floats]:
-        """Imbalance, and half the weighted change of the sum of squared loads, after swapping units[i] with any unit.
+    def after_swaps(self, us: Ints, vs: Ints, device_of: Ints) -> tuple[Floats, Floats]:
+        """Imbalance, and half the weighted change of the sum of squared loads, after swapping us with vs.
 
-        Both [len(units), all units]; entries of pairs on one device mean nothing.
+        us and vs, of as many dimensions, broadcast against each other; entries of pairs on one device mean nothing.
         """
-        a = device_of[units]
-        change = self.unit[:, None, :] - self.unit[:, units, None]
-        at_a, at_b = self.sums[:, a][:, :, None] + change, self.sums[:, device_of][:, None, :] - change
+        a, b = device_of[us], device_of[vs]
+        change = self.unit[:, vs] - self.unit[:, us]
+        at_a, at_b = self.sums[:, a] + change, self.sums[:, b] - change
         squares = change * (at_a - at_b - change)
-        peak = np.maximum(np.maximum(at_a, at_b), self._others()[:, a[:, None], device_of[None, :]])
-        return np.tensordot(self.shares, peak, 1), np.tensordot(self.shares, squares, 1)
+        peak = np.maximum(np.maximum(at_a, at_b), self._others(a, b))
+        return self.table.combine(peak), np.asarray(np.tensordot(self.shares, squares, 1))
 
-    def _others(self) -> Floats:
-        """[rows, a, b]: the largest load of the devices other than a and b."""
-        rows, devices = self.sums.shape
-        padded = np.concatenate([self.sums, np.full((rows, 2), -np.inf)], axis=1)
-        order = np.argsort(-padded, axis=1)[:, :3]
-        first, second, third = (np.take_along_axis(padded, order[:, [i]], 1)[:, :, None] for i in range(3))
-        device = np.arange(devices)
+    def _others(self, a: Ints, b: Ints) -> Floats:
+        """[rows, ...]: the largest load of the devices other than a and b."""
+        padded = np.concatenate([self.sums, np.full((len(self.sums), 2), -np.inf)], axis=1)
+        order = np.argsort(-padded, axis=1, kind="stable")[:, :3]
+        shape = (-1,) + (1,) * np.broadcast(a, b).ndim
+        first, second, third = (np.take_along_axis(padded, order[:, [i]], 1).reshape(shape) for i in range(3))
         hit_first, hit_second = (
-            (device == order[:, [i]])[:, :, None] | (device == order[:, [i]])[:, None, :] for i in range(2)
+            (a == at) | (b == at) for at in (order[:, 0].reshape(shape), order[:, 1].reshape(shape))
         )
         return np.where(~hit_first, first, np.where(~hit_second, second, third))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moecc.errors import MoeccError
-from moecc.solvers.placement.balance import Ints
+from moecc.solvers.placement.balance import Ints, LayerLoads
 from moecc.solvers.placement.home import patterns
 from moecc.solvers.placement.layers import LayerState, Work
 from moecc.solvers.placement.traffic import token_weights
@@ -138,26 +138,49 @@ def _hold_experts(build: _Build, index: int) -> None:
 
 
 def _bound_loads(build: _Build, layer: LayerState, holds: list[list[Any]]) -> None:
-    """A peak variable per workload, at least every device's load."""
-    problem, model = build.work.problem, build.model
+    """A peak variable per row of the load table, at least every device's load, and the rule that combines them."""
+    problem, model, table = build.work.problem, build.model, layer.table
     most = min(problem.devices, problem.slots - problem.num_experts + 1)
     multiple = math.lcm(*range(1, most + 1))
     parts = _replica_parts(build, holds, most)
-    for share, loads in zip(layer.table.shares, layer.table.loads, strict=True):
-        scaled = scale_to_integers(loads.tolist())
-        total = sum(scaled.integers) * multiple
-        peak = model.new_int_var(0, total, "peak")
+    scaled = scale_to_integers(table.loads.ravel().tolist())
+    rows = np.array(scaled.integers, object).reshape(table.loads.shape).tolist()
+    total, unit = max(sum(row) for row in rows) * multiple, 1 / (scaled.scale * multiple)
+    peaks = [model.new_int_var(0, total, "peak") for _ in rows]
+    for peak, loads in zip(peaks, rows, strict=True):
         for device in range(problem.devices):
             model.add(
                 peak
                 >= sum(
                     load * (multiple // (r + 1)) * parts[e][r][device]
-                    for e, load in enumerate(scaled.integers)
+                    for e, load in enumerate(loads)
                     for r in range(most)
                 )
             )
-        build.peaks.append((peak, total, float(share) / (scaled.scale * multiple)))
-        build.slack += float(share) * scaled.error * problem.num_experts
+    build.peaks += [
+        (variable, total, weight * unit) for variable, weight in _combined(build, table, peaks, total)
+    ]
+    build.slack += scaled.error * problem.num_experts
+
+
+def _combined(build: _Build, table: LayerLoads, peaks: list[Any], total: int) -> list[tuple[Any, float]]:
+    """Variables and weights whose sum is the rows' imbalance: their mean, their maximum, or the mean of the tail
+    (CVaR as Rockafellar and Uryasev's minimum: a threshold plus what rows exceed it by, over the tail)."""
+    model, shares = build.model, table.shares.tolist()
+    if table.rule == "mean" or len(peaks) == 1:
+        return list(zip(peaks, shares, strict=True))
+    if table.rule == "worst":
+        worst = model.new_int_var(0, total, "worst")
+        model.add_max_equality(worst, peaks)
+        return [(worst, 1.0)]
+    threshold = model.new_int_var(0, total, "threshold")
+    above = [model.new_int_var(0, total, "above") for _ in peaks]
+    for over, peak in zip(above, peaks, strict=True):
+        model.add(over >= peak - threshold)
+    return [
+        (threshold, 1.0),
+        *((over, share / table.tail) for over, share in zip(above, shares, strict=True)),
+    ]
 
 
 def _replica_parts(build: _Build, holds: list[list[Any]], most: int) -> list[list[list[Any]]]:

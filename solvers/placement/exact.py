@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moecc.solvers.placement.balance import Ints
+from moecc.solvers.placement.bounds import lower_bound
 from moecc.solvers.placement.cpsat import WORK, Proof, solve_layers
 from moecc.solvers.placement.home import fan_out, patterns
 from moecc.solvers.placement.layers import Work, remaining
@@ -57,7 +58,7 @@ def _settled(work: Work, group: Sequence[int]) -> bool:
     width = work.problem.slots_per_device
     layers = [work.layers[index] for index in group]
     return work.problem.objective == "load" and all(
-        layer.imbalance <= layer.table.lower_bound(width) + TOLERANCE for layer in layers
+        layer.imbalance <= lower_bound(layer.table, width) + TOLERANCE for layer in layers
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints, LayerLoads, layer_loads
+from moecc.solvers.placement.bounds import lower_bound
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.search import TOLERANCE, Clock, balance_layer
 from moecc.solvers.placement.start import balanced_start, replicate
@@ -75,7 +76,7 @@ def balance(work: Work, *, stop_at: float) -> None:
             layer.table,
             layer.experts,
             layer.device_of,
-            floor=max(stop_at, layer.table.lower_bound(width)),
+            floor=max(stop_at, lower_bound(layer.table, width)),
             rng=work.rng(index, 0),
             clock=work.clock,
             until=work.clock.slice(total - index),

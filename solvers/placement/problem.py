@@ -10,11 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError
+from moecc.solvers.placement.links import Links
+from moecc.solvers.placement.placement import Placement
+from moecc.solvers.placement.step_cost import StepCost
 from moecc.solvers.routing import Routing
 
 Execution = Literal["home", "migrate"]
-Objective = Literal["traffic", "load"]
-Balance = Literal["workload", "pooled"]
+Objective = Literal["traffic", "load", "step"]
+Balance = Literal["workload", "pooled", "worst", "cvar"]
+Dispatch = Literal["even", "nearest", "random", "lp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +37,25 @@ class PlacementProblem:
     objective `traffic` minimises that cost, per token and layer (`home`) or per token and layer transition
     (`migrate`), weighted over workloads; between equal placements of `home` fewer distinct nodes win.
     objective `load` minimises the imbalance: max device load / mean device load, mean over layers, where an
-    expert's load is split evenly over its replicas. balance `workload` is the weighted mean of the workloads'
-    own imbalances, `pooled` the imbalance of their weighted mixture. A workload's share is its weight, whatever
-    the length of its trace. max_imbalance caps that mean over layers; None: no cap.
+    expert's load is split evenly over its replicas. objective `step` minimises the predicted time of a layer, mean
+    over layers: step_cost.fixed_us + the largest, over devices, of the time for its rows and for the bytes it
+    receives over `links` (None: tiers by node), with tokens homed evenly on all devices; `home` only.
 
-    time_limit_s: wall-clock seconds for all layers together. Raises InputError for what cannot be placed.
+    balance `workload` is the weighted mean of the workloads' own imbalances, `pooled` the imbalance of their weighted mixture, `worst` that of the layer's worst workload
+    (weights do not count), `cvar` the mean imbalance of the worst 1 - cvar_alpha share of batches: batch_tokens
+    tokens of one workload, from distinct sequences as far as there are (batches.draw_batches, seeded with `seed`).
+    A workload's share is its weight, whatever the length of its trace. max_imbalance caps that mean over layers;
+    None: no cap.
+
+    dispatch: the engine's rule for which replica serves a token; the search balances an even split, which is also
+    the mean of `random`, and the certificate states the imbalance under the rule (see dispatch.fractions).
+    in_force: the placement that is to be left, perhaps on fewer or more devices: device d stays device d, devices
+    come and go at the end. max_moved_bytes caps the expert weights (expert_bytes each) that devices receive, all
+    layers together; None: the moves are few, but not capped.
+
+    time_limit_s: wall-clock seconds for all layers together. workers: processes that share the layers where they
+    are independent (`home`); the answer is the same for any number unless the clock ended the search.
+    Raises InputError for what cannot be placed.
     """
 
     workloads: tuple[Routing, ...]
@@ -48,13 +66,24 @@ class PlacementProblem:
     objective: Objective = "traffic"
     balance: Balance = "workload"
     max_imbalance: float | None = None
+    cvar_alpha: float = 0.9
+    batch_tokens: int = 1024
+    in_force: Placement | None = None
+    max_moved_bytes: float | None = None
+    expert_bytes: int = 0
     time_limit_s: float = 30.0
     seed: int = 0
+    workers: int = 1
+    dispatch: Dispatch = "even"
+    links: Links | None = None
+    step_cost: StepCost | None = None
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_workloads(self.workloads)
         _check_slots(self)
+        _check_in_force(self)
+        _check_step(self)
 
     @property
     def layers(self) -> int:
@@ -74,6 +103,13 @@ class PlacementProblem:
         return self.devices * self.slots_per_device
 
     @property
+    def max_moves(self) -> int | None:
+        """Experts that may move, all layers together; None: as many as it takes."""
+        if self.max_moved_bytes is None:
+            return None
+        return math.floor(self.max_moved_bytes / self.expert_bytes + 1e-9)
+
+    @property
     def shares(self) -> NDArray[np.float64]:
         """The workloads' weights, summing to 1: [workloads]."""
         weights = np.array([w.weight for w in self.workloads], np.float64)
@@ -83,8 +119,9 @@ class PlacementProblem:
 def _check_choices(problem: PlacementProblem) -> None:
     allowed = {
         "execution": ("home", "migrate"),
-        "objective": ("traffic", "load"),
-        "balance": ("workload", "pooled"),
+        "objective": ("traffic", "load", "step"),
+        "dispatch": ("even", "nearest", "random", "lp"),
+        "balance": ("workload", "pooled", "worst", "cvar"),
     }
     for field, names in allowed.items():
         if getattr(problem, field) not in names:
@@ -108,6 +145,15 @@ def _check_choices(problem: PlacementProblem) -> None:
         )
     if problem.seed < 0:
         raise InputError(f"seed {problem.seed} is negative", where="placement", hint="use 0 or more")
+    if not 0 <= problem.cvar_alpha < 1:
+        raise InputError(
+            f"cvar_alpha {problem.cvar_alpha} is outside [0, 1)",
+            where="placement",
+            hint="0.9 means the worst tenth of the batches",
+        )
+    for field in ("batch_tokens", "workers"):
+        if getattr(problem, field) < 1:
+            raise InputError(f"{field} is {getattr(problem, field)}", where="placement", hint="use 1 or more")
 
 
 def _check_workloads(workloads: tuple[Routing, ...]) -> None:
@@ -189,4 +235,74 @@ def _check_slots(problem: PlacementProblem) -> None:
             " a device would hold an expert twice",
             where="placement",
             hint=f"slots_per_device must be at most {experts}",
+        )
+
+
+def _check_step(problem: PlacementProblem) -> None:
+    if problem.links is not None and problem.links.devices != problem.devices:
+        raise InputError(
+            f"links join {problem.links.devices} devices, the cluster has {problem.devices}",
+            where="placement",
+            hint="measure or describe the links of the devices that are placed on",
+        )
+    if problem.objective != "step":
+        return
+    if problem.step_cost is None:
+        raise InputError(
+            "objective 'step' has no cost of a step",
+            where="placement",
+            hint="give step_cost, such as from the hardware model",
+        )
+    for field, value, allowed in (
+        ("execution", problem.execution, ("home",)),
+        ("balance", problem.balance, ("workload", "pooled", "worst")),
+    ):
+        if value not in allowed:
+            raise InputError(
+                f"objective 'step' has no {field} {value!r}",
+                where="placement",
+                hint=f"{field} must be {' or '.join(allowed)}",
+            )
+    tiers = 3 if problem.links is None else len(problem.links.tiers)
+    by_tier = problem.step_cost.us_per_byte_by_tier
+    if (by_tier is None and problem.links is None) or (by_tier is not None and len(by_tier) != tiers):
+        raise InputError(
+            f"us_per_byte_by_tier prices {0 if by_tier is None else len(by_tier)} tiers of {tiers}",
+            where="step cost",
+            hint="give one price per tier, the device itself first, or links in us per byte and None here",
+        )
+
+
+def _check_in_force(problem: PlacementProblem) -> None:
+    held, budget = problem.in_force, problem.max_moved_bytes
+    if problem.expert_bytes < 0:
+        raise InputError(
+            f"expert_bytes {problem.expert_bytes} is negative",
+            where="placement",
+            hint="give the bytes of one expert's weights",
+        )
+    if held is None:
+        if budget is not None:
+            raise InputError(
+                "max_moved_bytes without a placement in force",
+                where="placement",
+                hint="give the placement to start from as in_force",
+            )
+        return
+    for field in ("layers", "num_experts"):
+        if getattr(held, field) != getattr(problem, field):
+            raise InputError(
+                f"the placement in force has {field} {getattr(held, field)}, the traces {getattr(problem, field)}",
+                where="placement",
+                hint="move between placements of one model",
+            )
+    if budget is not None and not (math.isfinite(budget) and budget >= 0):
+        raise InputError(
+            f"max_moved_bytes {budget} is not a number of bytes", where="placement", hint="give 0 or more"
+        )
+    if budget is not None and problem.expert_bytes == 0:
+        raise InputError(
+            "max_moved_bytes without expert_bytes",
+            where="placement",
+            hint="give the bytes of one expert's weights as expert_bytes",
         )

@@ -8,12 +8,14 @@ from collections.abc import Callable
 import numpy as np
 
 from moecc.errors import MoeccError
+from moecc.solvers.placement.bounds import lower_bound
 from moecc.solvers.placement.check import Evaluation, evaluate_all, objective_of
+from moecc.solvers.placement.check_balance import imbalance_of
 from moecc.solvers.placement.exact import prove
 from moecc.solvers.placement.home import fan_out, group_nodes, search_home
 from moecc.solvers.placement.layers import Work, balance, begin, spread_cap
 from moecc.solvers.placement.migrate import search_migrate, summed_hops
-from moecc.solvers.placement.placement import Certificate, Solution, Status
+from moecc.solvers.placement.placement import INTERRUPTED, Certificate, Solution, Status
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.search import TOLERANCE, Clock
 from moecc.solvers.placement.start import to_placement
@@ -34,6 +36,7 @@ def solve(problem: PlacementProblem, progress: Progress | None = None) -> Soluti
     placement = to_placement(problem, [(layer.experts, layer.device_of) for layer in work.layers])
     timed = time.monotonic()
     evaluate_all(placement, problem.workloads, problem.execution)
+    imbalance_of(placement, problem)
     # The result is judged once more at the end, by the check and by the solver: that time is kept free.
     clock.deadline -= 2.5 * (time.monotonic() - timed) + 0.01
     interrupted = False
@@ -43,10 +46,11 @@ def solve(problem: PlacementProblem, progress: Progress | None = None) -> Soluti
         interrupted = True
     placement = to_placement(problem, [(layer.experts, layer.device_of) for layer in work.layers])
     evaluation = evaluate_all(placement, problem.workloads, problem.execution)
-    _require_agreement(work, evaluation)
+    imbalance = imbalance_of(placement, problem)
+    _require_agreement(work, evaluation, imbalance)
     if interrupted:
-        work.notes.append("interrupted: the best placement until then")
-    certificate = _certify(work, evaluation, interrupted or clock.cut, started)
+        work.notes.append(INTERRUPTED)
+    certificate = _certify(work, evaluation, imbalance, interrupted or clock.cut, started)
     return Solution(placement=placement, certificate=certificate)
 
 
@@ -80,10 +84,18 @@ def _solver_objective(work: Work) -> float:
     return summed_hops(work) / max(1, problem.layers - 1)
 
 
-def _require_agreement(work: Work, evaluation: Evaluation) -> None:
+def _checked_objective(problem: PlacementProblem, evaluation: Evaluation, imbalance: float) -> float:
+    return imbalance if problem.objective == "load" else objective_of(evaluation, problem)
+
+
+def _require_agreement(work: Work, evaluation: Evaluation, checked_imbalance: float) -> None:
     for what, own, checked in (
-        ("objective", _solver_objective(work), objective_of(evaluation, work.problem)),
-        ("imbalance", work.mean_imbalance, evaluation.imbalance(work.problem.balance)),
+        (
+            "objective",
+            _solver_objective(work),
+            _checked_objective(work.problem, evaluation, checked_imbalance),
+        ),
+        ("imbalance", work.mean_imbalance, checked_imbalance),
     ):
         if abs(own - checked) > 1e-9 * max(1.0, abs(checked)):
             raise MoeccError(
@@ -93,10 +105,9 @@ def _require_agreement(work: Work, evaluation: Evaluation) -> None:
             )
 
 
-def _certify(work: Work, evaluation: Evaluation, cut: bool, started: float) -> Certificate:
+def _certify(work: Work, evaluation: Evaluation, imbalance: float, cut: bool, started: float) -> Certificate:
     problem, notes = work.problem, list(work.notes)
-    objective = objective_of(evaluation, problem)
-    imbalance = evaluation.imbalance(problem.balance)
+    objective = _checked_objective(problem, evaluation, imbalance)
     bound = _bound(work, objective)
     if bound is None:
         notes.append("no useful bound at this size")
@@ -106,7 +117,7 @@ def _certify(work: Work, evaluation: Evaluation, cut: bool, started: float) -> C
     cap = problem.max_imbalance
     if cap is not None and imbalance > cap + 1e-9:
         status = "infeasible"
-        lowest = float(np.mean([layer.table.lower_bound(problem.slots_per_device) for layer in work.layers]))
+        lowest = float(np.mean([lower_bound(layer.table, problem.slots_per_device) for layer in work.layers]))
         if problem.objective == "load" and bound is not None:
             lowest = max(lowest, bound)
         proven = work.proven_infeasible or lowest > cap + 1e-9
@@ -143,7 +154,7 @@ def _bound(work: Work, objective: float) -> float | None:
         return float(
             np.mean(
                 [
-                    max(layer.table.lower_bound(width), bound or 1.0)
+                    max(lower_bound(layer.table, width), bound or 1.0)
                     for layer, bound in zip(work.layers, work.bounds, strict=True)
                 ]
             )

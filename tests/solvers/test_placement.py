@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moecc.solvers.batches import BATCHES, draw_batches
 from moecc.solvers.placement import PlacementProblem, evaluate_all, identity, solve
 from moecc.solvers.routing import Routing, assumed_routing
 
@@ -58,17 +59,31 @@ def fan_out(problem, layer, index) -> float:
     )
 
 
-def layer_imbalance(problem, layer, index) -> float:
-    copies = [sum(e in held for held in layer) for e in range(problem.num_experts)]
-    loads = np.array([w.loads()[index] for w in problem.workloads])
-    shares = problem.shares
+def layer_imbalance(problem, layer, index, rows) -> float:
+    """rows: as load_rows(problem) returns them."""
+    loads, shares = rows
+    held = np.array([[e in device for e in range(problem.num_experts)] for device in layer], float)
+    devices = (loads[:, index] / held.sum(axis=0)) @ held.T
+    found = devices.max(axis=1) / devices.mean(axis=1)
+    if problem.balance == "worst":
+        return float(found.max())
+    if problem.balance == "cvar":
+        # The least, over thresholds, of threshold + mean excess / tail; it lies on one of the values.
+        excess = np.maximum(found[None, :] - found[:, None], 0)
+        return float((found + excess @ shares / (1 - problem.cvar_alpha)).min())
+    return float(shares @ found)
+
+
+def load_rows(problem):
+    """Expert loads [rows, layers, experts] and the rows' shares under the problem's balance."""
+    if problem.balance == "cvar":
+        options = {"count": BATCHES, "batch_tokens": problem.batch_tokens, "seed": problem.seed}
+        rows = [w.take(batch).loads() for w in problem.workloads for batch in draw_batches(w, **options)]
+        return np.array(rows), np.repeat(problem.shares / BATCHES, BATCHES)
+    loads = np.array([w.loads() for w in problem.workloads])
     if problem.balance == "pooled":
-        loads, shares = (shares @ loads)[None], [1.0]
-    total = 0.0
-    for share, row in zip(shares, loads, strict=True):
-        devices = [sum(row[e] / copies[e] for e in held) for held in layer]
-        total += share * max(devices) / (sum(devices) / len(devices))
-    return total
+        return np.einsum("w,wle->le", problem.shares, loads)[None], np.ones(1)
+    return loads, problem.shares
 
 
 def hops(problem, layers) -> float:
@@ -91,6 +106,7 @@ def problem_of(workloads, *, devices, width, **options) -> PlacementProblem:
     )
 
 
+BALANCES = ["workload", "pooled", "worst", "cvar"]
 SHAPES = [(4, 2, 2), (6, 3, 2), (6, 2, 3), (8, 4, 2), (8, 2, 4), (4, 3, 2), (5, 3, 2), (4, 2, 3)]
 """(experts, devices, slots per device); the last three have spare slots."""
 
@@ -133,10 +149,18 @@ def test_home_traffic_equals_brute_force(data):
 def test_load_equals_brute_force(data):
     experts, devices, width = data.draw(st.sampled_from(SHAPES))
     workloads = data.draw(small_workloads(experts, 2, 2))
-    balance = data.draw(st.sampled_from(["workload", "pooled"]))
-    problem = problem_of(workloads, devices=devices, width=width, objective="load", balance=balance)
-    options = all_layers(experts, devices, width)
-    best = np.mean([min(layer_imbalance(problem, o, i) for o in options) for i in range(2)])
+    balance = data.draw(st.sampled_from(BALANCES))
+    problem = problem_of(
+        workloads,
+        devices=devices,
+        width=width,
+        objective="load",
+        balance=balance,
+        cvar_alpha=0.8,
+        batch_tokens=16,
+    )
+    options, rows = all_layers(experts, devices, width), load_rows(problem)
+    best = np.mean([min(layer_imbalance(problem, o, i, rows) for o in options) for i in range(2)])
     found = solve(problem).certificate
     assert found.objective == pytest.approx(best, rel=1e-9)
     assert found.status == "optimal"
@@ -149,10 +173,20 @@ def test_capped_home_traffic_equals_brute_force(data):
     experts, devices, width = data.draw(st.sampled_from([(4, 2, 2), (6, 3, 2), (6, 2, 3), (4, 2, 3)]))
     workloads = data.draw(small_workloads(experts, 2, 2))
     cap = data.draw(st.sampled_from([1.02, 1.1, 1.25, 1.5]))
-    balance = data.draw(st.sampled_from(["workload", "pooled"]))
-    problem = problem_of(workloads, devices=devices, width=width, balance=balance, max_imbalance=cap)
-    options = all_layers(experts, devices, width)
-    scored = [[(fan_out(problem, o, i), layer_imbalance(problem, o, i)) for o in options] for i in range(2)]
+    balance = data.draw(st.sampled_from(BALANCES))
+    problem = problem_of(
+        workloads,
+        devices=devices,
+        width=width,
+        balance=balance,
+        max_imbalance=cap,
+        cvar_alpha=0.8,
+        batch_tokens=16,
+    )
+    options, rows = all_layers(experts, devices, width), load_rows(problem)
+    scored = [
+        [(fan_out(problem, o, i), layer_imbalance(problem, o, i, rows)) for o in options] for i in range(2)
+    ]
     scored = [sorted(set(layer)) for layer in scored]
     allowed = [(a[0] + b[0]) / 2 for a, b in itertools.product(*scored) if (a[1] + b[1]) / 2 <= cap + 1e-12]
     found = solve(problem).certificate
@@ -199,10 +233,11 @@ def test_capped_migrate_equals_brute_force(seed, cap):
     rng = np.random.default_rng(seed)
     workloads = [routing(rng, tokens=12, layers=2, experts=4, top_k=2)]
     problem = problem_of(workloads, devices=2, width=2, execution="migrate", max_imbalance=cap)
+    rows = load_rows(problem)
     allowed = [
         hops(problem, pair)
         for pair in itertools.product(all_layers(4, 2, 2), repeat=2)
-        if np.mean([layer_imbalance(problem, layer, i) for i, layer in enumerate(pair)]) <= cap + 1e-12
+        if np.mean([layer_imbalance(problem, layer, i, rows) for i, layer in enumerate(pair)]) <= cap + 1e-12
     ]
     found = solve(problem).certificate
     if allowed:
