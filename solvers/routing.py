@@ -15,6 +15,7 @@ class Routing:
     topk_ids: int16 [tokens, layers, top_k], each token's experts distinct, in [0, num_experts).
     sequence_ids: int32 [tokens], the sequence each token belongs to; tokens of a sequence stand in order.
     assumption: empty for a recorded trace, else the sentence to print beside every figure that rests on it.
+    homes: int32 [tokens], the device that each token's attention runs on; None: any, independent of its routing.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Routing:
     sequence_ids: NDArray[np.int32]
     weight: float = 1.0
     assumption: str = ""
+    homes: NDArray[np.int32] | None = None
 
     @property
     def layers(self) -> int:
@@ -42,7 +44,12 @@ class Routing:
 
     def take(self, tokens: NDArray[np.bool_] | NDArray[np.int64]) -> Routing:
         """The routing of some of the tokens (a mask or indices)."""
-        return replace(self, topk_ids=self.topk_ids[tokens], sequence_ids=self.sequence_ids[tokens])
+        return replace(
+            self,
+            topk_ids=self.topk_ids[tokens],
+            sequence_ids=self.sequence_ids[tokens],
+            homes=None if self.homes is None else self.homes[tokens],
+        )
 
     def split(self, seed: int = 0) -> tuple[Routing, Routing]:
         """Halves by whole sequences, for training and for scoring; a single sequence is cut in the middle."""

@@ -9,6 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError
+from moecc.solvers.placement.check_traffic import (
+    Floats,
+    Mask,
+    by_tier,
+    copies_between,
+    hosts,
+    reached,
+    token_homes,
+)
+from moecc.solvers.placement.links import Links
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import Balance, Execution, PlacementProblem
 from moecc.solvers.routing import Routing
@@ -21,17 +31,25 @@ class Metrics:
     imbalance: max device load / mean device load, mean over layers, loads split evenly over replicas.
     fan_out, node_fan_out: distinct devices and nodes that a token reaches in a layer; with replicas it uses those
     that a greedy cover picks (most experts still to be reached, ties to the lowest device).
+    remote_fan_out, remote_node_fan_out: those other than the token's home, which under `migrate` is its landing
+    device of the layer; a trace without homes is judged by the exact mean over all devices as home.
     hops, node_hops: share of a token's layer transitions at which its landing device or node changes; it lands
     where most of its experts are, ties to the lowest device. 0 under `home`, where a token returns home.
     same_device_pairs: share of the top_k x top_k expert pairs of adjacent layers that some device holds both of.
+    copies: of a token per layer over each tier of the links, one way, hops not counted; a token crosses to a node
+    once (copies_between). Times the bytes of a token: traffic. link_cost: the same copies by the links' cost.
     """
 
     imbalance: float
     fan_out: float
     node_fan_out: float
+    remote_fan_out: float
+    remote_node_fan_out: float
     hops: float
     node_hops: float
     same_device_pairs: float
+    copies: dict[str, float]
+    link_cost: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,56 +67,90 @@ class Evaluation:
         return self.pooled_imbalance if balance == "pooled" else self.mean.imbalance
 
 
-def evaluate(placement: Placement, routing: Routing, execution: Execution) -> Metrics:
-    """Judge one workload. Raises InputError if the placement is of another model."""
-    _require_match(placement, routing)
-    hosts = [_hosts(placement, layer) for layer in range(placement.layers)]
-    loads = _device_loads(routing.loads(), hosts)
-    fan_out, node_fan_out, pairs = [], [], []
-    landings: list[NDArray[np.int64]] = []
-    for layer, held in enumerate(hosts):
-        ids = routing.topk_ids[:, layer]
-        reached = _reached(held, ids)
-        by_node = reached.reshape(len(ids), -1, placement.devices_per_node).any(axis=2)
-        fan_out.append(reached.sum() / len(ids))
-        node_fan_out.append(by_node.sum() / len(ids))
-        if layer:
-            together = (hosts[layer - 1].astype(np.int64) @ held.T.astype(np.int64)) > 0
-            pairs.append(together[routing.topk_ids[:, layer - 1, :, None], ids[:, None, :]].mean())
-        if execution == "migrate":
-            landings.append(np.argmax(held[ids].sum(axis=1), axis=1))
-    where = np.array(landings)
-    nodes = where // placement.devices_per_node
-    moved = len(landings) > 1
+def evaluate(
+    placement: Placement, routing: Routing, execution: Execution, links: Links | None = None
+) -> Metrics:
+    """Judge one workload. links: None for tiers by node. Raises InputError if the placement is of another model."""
+    _require_match(placement, routing, links)
+    links = links or Links.by_node(placement.devices, placement.devices_per_node)
+    held = [hosts(placement, layer) for layer in range(placement.layers)]
+    loads = _device_loads(routing.loads(), held)
+    land = np.array([_landing(h, routing.topk_ids[:, i]) for i, h in enumerate(held)])
+    node = land // placement.devices_per_node
+    moved = execution == "migrate" and len(land) > 1
+    homes = list(land) if execution == "migrate" else [token_homes(placement, routing)] * len(held)
+    reach, sent = _reach(placement, routing, held, homes)
     return Metrics(
         imbalance=float((loads.max(axis=1) / loads.mean(axis=1)).mean()),
-        fan_out=float(np.mean(fan_out)),
-        node_fan_out=float(np.mean(node_fan_out)),
-        hops=float((where[1:] != where[:-1]).mean()) if moved else 0.0,
-        node_hops=float((nodes[1:] != nodes[:-1]).mean()) if moved else 0.0,
-        same_device_pairs=float(np.mean(pairs)) if pairs else 0.0,
+        **reach,
+        hops=float((land[1:] != land[:-1]).mean()) if moved else 0.0,
+        node_hops=float((node[1:] != node[:-1]).mean()) if moved else 0.0,
+        same_device_pairs=_pairs(routing, held),
+        copies=by_tier(sent, links),
+        link_cost=float((sent * links.cost).sum()),
     )
 
 
-def evaluate_all(placement: Placement, workloads: Sequence[Routing], execution: Execution) -> Evaluation:
+def _reach(
+    placement: Placement, routing: Routing, held: list[Mask], homes: Sequence[NDArray[np.int64] | None]
+) -> tuple[dict[str, float], Floats]:
+    """The fan-outs of Metrics, and the copies between devices, means over layers."""
+    per_node, tokens = placement.devices_per_node, len(routing.topk_ids)
+    rows, sent = [], np.zeros((placement.devices, placement.devices))
+    for layer, (hosting, home) in enumerate(zip(held, homes, strict=True)):
+        used = reached(hosting, routing.topk_ids[:, layer])
+        by_node: Mask = np.asarray(used.reshape(tokens, -1, per_node).any(axis=2))
+        row = [used.sum() / tokens, by_node.sum() / tokens]
+        for mask, at, count in (
+            (used, home, placement.devices),
+            (by_node, None if home is None else home // per_node, placement.devices // per_node),
+        ):
+            kept = mask.sum() / count if at is None else mask[np.arange(tokens), at].sum()
+            row.append((mask.sum() - kept) / tokens)
+        rows.append(row)
+        sent += copies_between(used, home, per_node) / placement.layers
+    names = ("fan_out", "node_fan_out", "remote_fan_out", "remote_node_fan_out")
+    return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True)), sent
+
+
+def _landing(held: Mask, ids: NDArray[np.int16]) -> NDArray[np.int64]:
+    """[tokens]: the device with most of a token's experts, ties to the lowest."""
+    return np.asarray(np.argmax(held[ids].sum(axis=1), axis=1))
+
+
+def _pairs(routing: Routing, held: list[Mask]) -> float:
+    shares = []
+    for layer in range(1, len(held)):
+        together = (held[layer - 1].astype(np.int64) @ held[layer].T.astype(np.int64)) > 0
+        before, after = routing.topk_ids[:, layer - 1], routing.topk_ids[:, layer]
+        shares.append(together[before[:, :, None], after[:, None, :]].mean())
+    return float(np.mean(shares)) if shares else 0.0
+
+
+def evaluate_all(
+    placement: Placement, workloads: Sequence[Routing], execution: Execution, links: Links | None = None
+) -> Evaluation:
     """Judge all workloads; a workload counts by its weight, whatever the length of its trace."""
-    each = [evaluate(placement, routing, execution) for routing in workloads]
+    each = [evaluate(placement, routing, execution, links) for routing in workloads]
     total = sum(routing.weight for routing in workloads)
     shares = [routing.weight / total for routing in workloads]
-    mean = Metrics(
-        **{
-            field.name: sum(s * getattr(m, field.name) for s, m in zip(shares, each, strict=True))
-            for field in fields(Metrics)
-        }
-    )
     mixture = sum(share * routing.loads() for share, routing in zip(shares, workloads, strict=True))
-    hosts = [_hosts(placement, layer) for layer in range(placement.layers)]
-    pooled = _device_loads(np.asarray(mixture), hosts)
+    held = [hosts(placement, layer) for layer in range(placement.layers)]
+    pooled = _device_loads(np.asarray(mixture), held)
     return Evaluation(
         workloads={routing.name: metrics for routing, metrics in zip(workloads, each, strict=True)},
-        mean=mean,
+        mean=_mean(each, shares),
         pooled_imbalance=float((pooled.max(axis=1) / pooled.mean(axis=1)).mean()),
     )
+
+
+def _mean(each: Sequence[Metrics], shares: Sequence[float]) -> Metrics:
+    numbers = [field.name for field in fields(Metrics) if field.name != "copies"]
+    copies = {
+        tier: sum(s * m.copies[tier] for s, m in zip(shares, each, strict=True)) for tier in each[0].copies
+    }
+    means = {name: sum(s * getattr(m, name) for s, m in zip(shares, each, strict=True)) for name in numbers}
+    return Metrics(**means, copies=copies)
 
 
 def objective_of(evaluation: Evaluation, problem: PlacementProblem) -> float:
@@ -108,7 +160,7 @@ def objective_of(evaluation: Evaluation, problem: PlacementProblem) -> float:
     return evaluation.mean.fan_out if problem.execution == "home" else evaluation.mean.hops
 
 
-def _require_match(placement: Placement, routing: Routing) -> None:
+def _require_match(placement: Placement, routing: Routing, links: Links | None) -> None:
     for what, have, want in (
         ("layers", placement.layers, routing.layers),
         ("experts", placement.num_experts, routing.num_experts),
@@ -119,34 +171,17 @@ def _require_match(placement: Placement, routing: Routing) -> None:
                 where=f"workload {routing.name!r}",
                 hint="judge a placement on traces of its own model",
             )
+    if links is not None and links.devices != placement.devices:
+        raise InputError(
+            f"links join {links.devices} devices, the placement has {placement.devices}",
+            where="links",
+            hint="measure or describe the links of the devices that are placed on",
+        )
 
 
-def _hosts(placement: Placement, layer: int) -> NDArray[np.bool_]:
-    """[experts, devices]: which devices hold the expert."""
-    held = np.zeros((placement.num_experts, placement.devices), np.bool_)
-    slots = np.arange(placement.slots)
-    held[placement.physical_to_logical[layer], slots // placement.slots_per_device] = True
-    return held
-
-
-def _device_loads(expert_loads: NDArray[np.float64], hosts: list[NDArray[np.bool_]]) -> NDArray[np.float64]:
+def _device_loads(expert_loads: NDArray[np.float64], hosting: list[Mask]) -> NDArray[np.float64]:
     """[layers, devices] from [layers, experts]."""
     return np.array(
-        [(load / held.sum(axis=1)) @ held for load, held in zip(expert_loads, hosts, strict=True)], np.float64
+        [(load / held.sum(axis=1)) @ held for load, held in zip(expert_loads, hosting, strict=True)],
+        np.float64,
     )
-
-
-def _reached(held: NDArray[np.bool_], ids: NDArray[np.int16]) -> NDArray[np.bool_]:
-    """[tokens, devices]: the devices that a greedy cover of every token's experts uses."""
-    options = held[ids]
-    if (held.sum(axis=1) == 1).all():
-        return np.asarray(options.any(axis=1))
-    reached = np.zeros((len(ids), held.shape[1]), np.bool_)
-    open_ = np.ones(ids.shape, np.bool_)
-    while open_.any():
-        tokens = np.flatnonzero(open_.any(axis=1))
-        gains = (options[tokens] & open_[tokens][:, :, None]).sum(axis=1)
-        best = np.argmax(gains, axis=1)
-        reached[tokens, best] = True
-        open_[tokens] &= ~options[tokens, :, best]
-    return reached

@@ -10,7 +10,7 @@ from moecc.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """A layer takes fixed_us + the largest, over devices, of the time for the rows it computes and the bytes it receives.
+    """A layer takes fixed_us + the largest, over devices, of the time for its rows and for the bytes it receives.
 
     compute_us_per_row: one token-expert pair on its device. tokens: of a step, on all devices together.
     bytes_per_token: of one copy of a token, both directions together (dispatch, and the partial result that comes
