@@ -1,0 +1,179 @@
+"""What a placement is worth: on the tokens it was solved on and on others, beside identity, under both executions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from moecc.solvers.placement.check import evaluate_all, objective_of
+from moecc.solvers.placement.check_balance import imbalance_of
+from moecc.solvers.placement.placement import Placement
+from moecc.solvers.placement.problem import Execution, PlacementProblem
+from moecc.solvers.routing import Routing
+
+Figures = dict[str, Any]
+EXECUTIONS: tuple[Execution, ...] = ("home", "migrate")
+COSTS = {"home": "fan_out", "migrate": "hops"}
+NOUNS = {"fan_out": "devices per token", "hops": "hops per token", "imbalance": "imbalance"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacingReport:
+    """Plain data: what JSON holds. `before` is the identity placement, `after` the one found.
+
+    request: what was asked for, without the workloads. traces: tokens and sha256 of every workload, so that a file
+    can be checked against the traces it was made from. before, after: held-out sequences under the requested
+    execution: the weighted mean of the workloads' Metrics, `pooled_imbalance`, `balance_imbalance` (by the requested
+    balance), `objective` (what was minimised), and the Metrics of each of `workloads`. in_sample: the same on the
+    sequences that were solved on. executions: held-out figures under `home` and under `migrate`. affinity: a sentence
+    for each on what inter-layer affinity is worth. layers: of each layer imbalance and fan-out. unseen: of each
+    workload the figures of a placement solved without it; empty where that was not done. warnings: what to know
+    before using the placement.
+    """
+
+    request: Figures
+    traces: dict[str, Figures]
+    held_out_tokens: dict[str, int]
+    before: Figures
+    after: Figures
+    in_sample: dict[str, Figures]
+    executions: dict[str, dict[str, Figures]]
+    affinity: dict[str, str]
+    layers: list[Figures]
+    unseen: list[Figures] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+
+
+def judge(
+    problem: PlacementProblem,
+    before: Placement,
+    after: Placement,
+    *,
+    layer_names: Sequence[int] | None = None,
+) -> PlacingReport:
+    """Every figure of the report but `unseen`, from the placements and the whole traces of problem.workloads.
+
+    Nothing here comes from a solver. layer_names: the model's numbers of the layers, 0 and up otherwise.
+    """
+    training, held_out = halves(problem)
+    sides = {"before": before, "after": after}
+    on_training = replace(problem, workloads=training)
+    on_held_out = replace(problem, workloads=held_out)
+    executions: dict[str, dict[str, Figures]] = {
+        execution: {
+            side: figures(placement, replace(on_held_out, execution=execution))
+            for side, placement in sides.items()
+        }
+        for execution in EXECUTIONS
+    }
+    chosen = executions[problem.execution]
+    in_sample = {side: figures(placement, on_training) for side, placement in sides.items()}
+    return PlacingReport(
+        request=request(problem),
+        traces={routing.name: fingerprint(routing) for routing in problem.workloads},
+        held_out_tokens={routing.name: len(routing.topk_ids) for routing in held_out},
+        before=chosen["before"],
+        after=chosen["after"],
+        in_sample=in_sample,
+        executions=executions,
+        affinity=affinity(executions, problem.execution),
+        layers=[
+            {"layer": name} | _layer(index, sides, held_out)
+            for index, name in enumerate(layer_names or range(problem.layers))
+        ],
+        warnings=_warnings(problem, in_sample, chosen),
+        assumptions=sorted({routing.assumption for routing in problem.workloads} - {""}),
+    )
+
+
+def halves(problem: PlacementProblem) -> tuple[tuple[Routing, ...], tuple[Routing, ...]]:
+    """The sequences to solve on and those to judge on, of every workload."""
+    split = [routing.split() for routing in problem.workloads]
+    return tuple(train for train, _ in split), tuple(score for _, score in split)
+
+
+def figures(placement: Placement, problem: PlacementProblem) -> Figures:
+    """The figures of one placement on all of problem.workloads."""
+    evaluation = evaluate_all(placement, problem.workloads, problem.execution)
+    imbalance = imbalance_of(placement, problem)
+    return {
+        **asdict(evaluation.mean),
+        "pooled_imbalance": evaluation.pooled_imbalance,
+        "balance_imbalance": imbalance,
+        "objective": imbalance if problem.objective == "load" else objective_of(evaluation, problem),
+        "workloads": {name: asdict(metrics) for name, metrics in evaluation.workloads.items()},
+    }
+
+
+def request(problem: PlacementProblem) -> Figures:
+    """The fields of the problem that are plain values, without the workloads."""
+    values = {f.name: getattr(problem, f.name) for f in fields(problem)}
+    return {name: value for name, value in values.items() if isinstance(value, str | int | float | None)}
+
+
+def fingerprint(routing: Routing) -> Figures:
+    """What identifies a trace, whatever file it came from."""
+    data = hashlib.sha256(np.ascontiguousarray(routing.topk_ids, np.int16).tobytes())
+    data.update(np.ascontiguousarray(routing.sequence_ids, np.int32).tobytes())
+    return {"tokens": len(routing.topk_ids), "weight": routing.weight, "sha256": data.hexdigest()}
+
+
+def affinity(executions: Mapping[str, Mapping[str, Figures]], chosen: Execution) -> dict[str, str]:
+    """What it is worth, under each execution, that a token's experts of one layer foretell those of the next."""
+    home, migrate = executions["home"], executions["migrate"]
+    reached = " -> ".join(f"{home[side]['fan_out']:.2f}" for side in ("before", "after"))
+    hops = [migrate[side]["hops"] for side in ("before", "after")]
+    pairs = [migrate[side]["same_device_pairs"] for side in ("before", "after")]
+    change = (
+        f"{abs(1 - hops[1] / hops[0]):.0%} {'fewer' if hops[1] <= hops[0] else 'more'}, " if hops[0] else ""
+    )
+    aim = "" if chosen == "migrate" else "; this placement was not solved for it"
+    return {
+        "home": "inter-layer affinity is worth nothing: a token returns to its home rank after every layer and pays for"
+        f" the devices it reaches ({reached})",
+        "migrate": f"inter-layer affinity is everything: {hops[0]:.3f} -> {hops[1]:.3f} hops per token and layer"
+        f" transition ({change}{pairs[0]:.3f} -> {pairs[1]:.3f} of adjacent-layer expert pairs on one device){aim}",
+    }
+
+
+def worse(before: Mapping[str, float], after: Mapping[str, float], execution: Execution) -> str:
+    """Empty, or in which figures `after` is worse than identity, with both values."""
+    found = [
+        f"{NOUNS[key]} {after[key]:.3f} against {before[key]:.3f}"
+        for key in (COSTS[execution], "imbalance")
+        if after[key] > before[key] * (1 + 1e-9)
+    ]
+    return " and ".join(found)
+
+
+def _warnings(
+    problem: PlacementProblem, in_sample: Mapping[str, Figures], held_out: Mapping[str, Figures]
+) -> list[str]:
+    found = []
+    for name, after in held_out["after"]["workloads"].items():
+        if what := worse(held_out["before"]["workloads"][name], after, problem.execution):
+            found.append(f"worse than identity on held-out sequences of {name!r}: {what}")
+    cap, reached = problem.max_imbalance, held_out["after"]["balance_imbalance"]
+    if cap is not None and reached > cap + 1e-9:
+        solved = in_sample["after"]["balance_imbalance"]
+        found.append(
+            f"max_imbalance {cap:g} does not hold on held-out sequences: {reached:.3f}, and {solved:.3f} on those"
+            " solved on"
+        )
+    return found
+
+
+def _layer(index: int, sides: Mapping[str, Placement], held_out: Sequence[Routing]) -> Figures:
+    """One layer, judged as a model of one layer."""
+    routings = [replace(r, topk_ids=r.topk_ids[:, index : index + 1]) for r in held_out]
+    found = {}
+    for side, placement in sides.items():
+        row = placement.physical_to_logical[index : index + 1]
+        mean = evaluate_all(replace(placement, physical_to_logical=row), routings, "home").mean
+        found[side] = {"imbalance": mean.imbalance, "fan_out": mean.fan_out}
+    return found
