@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
-
-import numpy as np
+from dataclasses import asdict
 
 from moecc.errors import InputError
 from moecc.ir.core import Module
 from moecc.passes.manager import Context
 from moecc.passes.routed_path import moe_layers
-from moecc.solvers.placement import PlacementProblem, identity, solve
-from moecc.solvers.placement.check import Evaluation, evaluate_all
-from moecc.solvers.placement.placement import Placement
+from moecc.solvers.placement import PlacementProblem
+from moecc.solvers.placement.placing import place
 from moecc.solvers.routing import Routing
 
 
 class Place:
     """Contract: a module whose cluster has more than one device gets the attribute `placement`: slot -> expert
-    of every layer with experts, its certificate, and its quality beside that of the identity placement, both on
-    tokens that the solver did not see. The functions are not changed. One device: nothing to place.
+    of every layer with experts, its certificate, and a PlacingReport: its quality beside that of the identity
+    placement, on tokens that the solver did not see. The functions are not changed. One device: nothing to place.
 
     Pseudo-code: halve every workload by sequences; solve on the first halves; judge on the second.
     """
@@ -40,22 +35,16 @@ class Place:
                 where=f"module @{module.name}",
                 hint="give a trace or an assumed routing under 'workloads'",
             )
-        halves = [routing.split() for routing in context.workloads]
-        problem = _problem(module, tuple(train for train, _ in halves))
-        held_out = [score for _, score in halves]
-        solution = solve(problem, lambda done, total: context.progress(self.name, done, total))
-        before, after = identity(problem), solution.placement
+        placed = place(
+            _problem(module, tuple(context.workloads)),
+            layer_names=layers,
+            progress=lambda _, done, total: context.progress(self.name, done, total),
+        )
         module.attributes["placement"] = {
-            **after.to_json(),
+            **placed.solution.placement.to_json(),
             "layers": layers,
-            "certificate": asdict(solution.certificate),
-            "report": {
-                "before": _quality(evaluate_all(before, held_out, problem.execution)),
-                "after": _quality(evaluate_all(after, held_out, problem.execution)),
-                "layers": [_layer_quality(i, layers, before, after, held_out) for i in range(len(layers))],
-                "assumptions": sorted({w.assumption for w in context.workloads} - {""}),
-                "held_out_tokens": {routing.name: len(routing.topk_ids) for routing in held_out},
-            },
+            "certificate": asdict(placed.solution.certificate),
+            "report": asdict(placed.report),
         }
 
 
@@ -74,24 +63,3 @@ def _problem(module: Module, workloads: tuple[Routing, ...]) -> PlacementProblem
         time_limit_s=wanted["time_limit_s"],
         seed=wanted["seed"],
     )
-
-
-def _quality(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        **asdict(evaluation.mean),
-        "pooled_imbalance": evaluation.pooled_imbalance,
-        "workloads": {name: asdict(metrics) for name, metrics in evaluation.workloads.items()},
-    }
-
-
-def _layer_quality(
-    index: int, layers: Sequence[int], before: Placement, after: Placement, held_out: Sequence[Routing]
-) -> dict[str, Any]:
-    """Quality of one layer, judged as a model of one layer."""
-    routings = [replace(r, topk_ids=r.topk_ids[:, index : index + 1]) for r in held_out]
-    quality: dict[str, Any] = {"layer": layers[index]}
-    for label, placement in (("before", before), ("after", after)):
-        rows: Any = np.asarray(placement.physical_to_logical)[index : index + 1]
-        mean = evaluate_all(replace(placement, physical_to_logical=rows), routings, "home").mean
-        quality[label] = {"imbalance": mean.imbalance, "fan_out": mean.fan_out}
-    return quality

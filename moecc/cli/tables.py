@@ -13,7 +13,7 @@ from rich.table import Table
 from moecc.solvers.routing_stats import RoutingStats
 from moecc.solvers.trace_metrics import Locality
 
-_MIN_WIDTH = 110
+_MIN_WIDTH = 160
 
 
 def _console() -> Console:
@@ -104,7 +104,7 @@ def _kernels(kernels: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _memory(memory: Mapping[str, Any], serving: Mapping[str, Any]) -> Table:
-    sequences = f"KV cache, {serving['decode']:,} sequences of {serving['context']:,} tokens"
+    sequences = f"KV cache, {memory['cached_sequences']:,} sequences of {serving['context']:,} tokens"
     names = {"weights": "weights", "kv_cache": sequences, "workspace": "workspace", "used": "used"}
     table = _table("part", "GB")
     for key, name in (names | {"capacity": "capacity"}).items():

@@ -99,7 +99,7 @@ def halves(problem: PlacementProblem) -> tuple[tuple[Routing, ...], tuple[Routin
 
 def figures(placement: Placement, problem: PlacementProblem) -> Figures:
     """The figures of one placement on all of problem.workloads."""
-    evaluation = evaluate_all(placement, problem.workloads, problem.execution)
+    evaluation = evaluate_all(placement, problem.workloads, problem.execution, problem.links)
     imbalance = imbalance_of(placement, problem)
     return {
         **asdict(evaluation.mean),
