@@ -116,17 +116,21 @@ class DeviceLoads:
         self.sums[:, a] += change
         self.sums[:, b] -= change
 
-    def after_swaps(self, us: Ints, vs: Ints, device_of: Ints) -> tuple[Floats, Floats]:
-        """Imbalance, and half the weighted change of the sum of squared loads, after swapping us with vs.
+    def after_swaps(self, us: Ints, vs: Ints, device_of: Ints) -> Floats:
+        """The imbalance after swapping us with vs, of as many dimensions, which broadcast against each other.
 
-        us and vs, of as many dimensions, broadcast against each other; entries of pairs on one device mean nothing.
+        Entries of pairs on one device mean nothing.
         """
         a, b = device_of[us], device_of[vs]
         change = self.unit[:, vs] - self.unit[:, us]
-        at_a, at_b = self.sums[:, a] + change, self.sums[:, b] - change
-        squares = change * (at_a - at_b - change)
-        peak = np.maximum(np.maximum(at_a, at_b), self._others(a, b))
-        return self.table.combine(peak), np.asarray(np.tensordot(self.shares, squares, 1))
+        moved = np.maximum(self.sums[:, a] + change, self.sums[:, b] - change)
+        return self.table.combine(np.maximum(moved, self._others(a, b)))
+
+    def square_changes(self, us: Ints, vs: Ints, device_of: Ints) -> Floats:
+        """Half the weighted change of the sum of squared loads after swapping us with vs, as in after_swaps."""
+        change = self.unit[:, vs] - self.unit[:, us]
+        squares = change * (self.sums[:, device_of[us]] - self.sums[:, device_of[vs]] + change)
+        return np.asarray(np.tensordot(self.shares, squares, 1))
 
     def _others(self, a: Ints, b: Ints) -> Floats:
         """[rows, ...]: the largest load of the devices other than a and b."""

@@ -14,6 +14,8 @@ from moecc.solvers.placement.traffic import SwapTable, TrafficRows
 
 Mask = NDArray[np.bool_]
 TOLERANCE = 1e-12
+FIRST_LOOK = 64
+"""Swaps whose loads are priced first in a step."""
 
 
 @dataclass(kw_only=True)
@@ -44,7 +46,7 @@ class Found:
     imbalance: float
 
 
-class _Tabu:
+class Tabu:
     """A unit that left a device may not return for a random number of steps (Taillard's robust tabu search, 1991)."""
 
     def __init__(self, units: int, devices: int, rng: np.random.Generator) -> None:
@@ -73,20 +75,45 @@ def same_device(experts: Ints, device_of: Ints, units: Ints, devices: int) -> Ma
     return np.asarray(same | held[experts[units]][:, device_of] | held[experts][:, device_of[units]].T)
 
 
-def _lowest(score: Floats, blocked: Mask) -> tuple[int, int] | None:
+def lowest(score: Floats, blocked: Mask) -> tuple[int, int] | None:
     """The open entry of the lowest score, the first of equal ones; None if all are blocked."""
     open_ = np.where(blocked, np.inf, score)
     row, column = divmod(int(open_.argmin()), score.shape[1])
     return (row, column) if np.isfinite(open_[row, column]) else None
 
 
-def _excess(loads: DeviceLoads, device_of: Ints, cap: float) -> Floats:
+def excess(loads: DeviceLoads, device_of: Ints, cap: float) -> Floats:
     """How far every swap of two units ends up over the cap, [units, units]; a single 0 if there is no cap."""
     if np.isinf(cap):
         return np.zeros((1, 1))
     every = np.arange(len(device_of))
-    after, _ = loads.after_swaps(every[:, None], every[None, :], device_of)
+    after = loads.after_swaps(every[:, None], every[None, :], device_of)
     return np.maximum(after - cap, 0.0)
+
+
+def _cheapest(
+    change: Floats, price: float, cap: float, loads: DeviceLoads, device_of: Ints, blocked: Mask, tabu: Mask
+) -> tuple[int, int] | None:
+    """The open swap of the lowest change + price * excess over the cap; one that is tabu only if within the cap.
+
+    change, blocked, tabu: [units, units], symmetric. The excess is never negative, so swaps are weighed in the order
+    of their change until none that is left can be lower: most steps price the loads of a few swaps only.
+    """
+    flat = np.where(np.logical_or(blocked, np.tri(len(change), dtype=np.bool_)), np.inf, change).ravel()
+    if np.isinf(cap):
+        return lowest(flat.reshape(change.shape), blocked)
+    count, open_ = FIRST_LOOK, int(np.isfinite(flat).sum())
+    while open_:
+        count = min(count, open_)
+        near = np.sort(np.argpartition(flat, count - 1)[:count])
+        us, vs = np.divmod(near, len(change))
+        over = np.maximum(loads.after_swaps(us, vs, device_of) - cap, 0.0)
+        score = np.where(tabu[us, vs] & (over > TOLERANCE), np.inf, flat[near] + price * over)
+        best = int(score.argmin())
+        if count == open_ or score[best] <= flat[near].max():
+            return (int(us[best]), int(vs[best])) if np.isfinite(score[best]) else None
+        count *= 16
+    return None
 
 
 def balance_layer(
@@ -102,18 +129,19 @@ def balance_layer(
     """Lower the imbalance of a layer; stops at `floor`, after a fixed number of idle steps, or at the clock."""
     device_of = device_of.copy()
     loads = DeviceLoads(table, experts, device_of)
-    units, tabu = len(experts), _Tabu(len(experts), table.devices, rng)
+    units, tabu = len(experts), Tabu(len(experts), table.devices, rng)
     everyone = np.arange(units)
     best, best_devices, idle, step = loads.imbalance, device_of.copy(), 0, 0
     while best > floor + TOLERANCE and idle < 4 * units + 40 and not clock.passed(until):
         step += 1
         # Only a swap with a fullest device can lower the maximum.
         rows = np.flatnonzero(loads.fullest()[device_of])
-        after, squares = loads.after_swaps(rows[:, None], everyone[None, :], device_of)
+        pairs = rows[:, None], everyone[None, :]
+        after, squares = loads.after_swaps(*pairs, device_of), loads.square_changes(*pairs, device_of)
         blocked = same_device(experts, device_of, rows, table.devices)
         blocked |= tabu.forbidden(rows, device_of, step) & (after >= best - TOLERANCE)
         # Many swaps leave the maximum as it is; the squares then prefer the one that evens out the other devices.
-        picked = _lowest(after + 0.02 * squares, blocked)
+        picked = lowest(after + 0.02 * squares, blocked)
         idle += 1
         if picked is None:
             tabu.until[:] = 0
@@ -180,7 +208,7 @@ def reduce_cost(
     """
     units = len(experts)
     loads = DeviceLoads(table, experts, swaps.device_of[:-1])
-    tabu, everyone, price, idle = _Tabu(units, table.devices, rng), np.arange(units), 10.0, 0
+    tabu, everyone, price, idle = Tabu(units, table.devices, rng), np.arange(units), 10.0, 0
     best: Found | None = None
     for step in range(budget + 1):
         if loads.imbalance <= cap + TOLERANCE and (best is None or swaps.cost < best.cost - TOLERANCE):
@@ -191,12 +219,11 @@ def reduce_cost(
         idle += 1
         device_of = swaps.device_of[:-1]
         change = swaps.changes()
-        over = _excess(loads, device_of, cap)
         price = min(price * 1.1, 1e3) if loads.imbalance > cap + TOLERANCE else max(price / 1.1, 0.5)
         goal = swaps.cost + change >= (best.cost if best else np.inf) - TOLERANCE
-        blocked = same_device(experts, device_of, everyone, table.devices)
-        blocked |= tabu.forbidden(everyone, device_of, step) & (goal | (over > TOLERANCE))
-        picked = _lowest(change + price * over, blocked)
+        held = tabu.forbidden(everyone, device_of, step)
+        blocked = same_device(experts, device_of, everyone, table.devices) | (held & goal)
+        picked = _cheapest(change, price, cap, loads, device_of, blocked, held)
         if picked is None:
             tabu.until[:] = 0
             continue

@@ -45,7 +45,7 @@ def test_swap_prices_equal_recomputation(kind, spare, exact, seed):
         allowed = np.argwhere(~same_device(rows.experts, device_of, units, 3))
         u, v = (int(x) for x in allowed[rng.integers(len(allowed))])
         change, before = swaps.changes()[u, v], swaps.cost
-        imbalance, _ = loads.after_swaps(units[:, None], units[None, :], device_of)
+        imbalance = loads.after_swaps(units[:, None], units[None, :], device_of)
         loads.swap(u, v, int(device_of[u]), int(device_of[v]))
         device_of = device_of.copy()
         device_of[u], device_of[v] = device_of[v], device_of[u]
