@@ -54,6 +54,44 @@ def tiles_max(tokens: int, top_k: int, experts: int, block_m: int) -> int:
     return min(occupied + (rows - occupied) // block_m, occupied * -(-tokens // block_m))
 
 
+def tiles_of(tokens: int, slots: int, experts: int, shared: int, config: Config) -> int:
+    """Row tiles to launch; the last `shared` experts are chosen by every token and need no worst case."""
+    block_m = config["gate_up"]["BLOCK_M"]
+    certain = shared * -(-tokens // block_m)
+    return int(certain + tiles_max(tokens, slots - shared, experts - shared, block_m))
+
+
+def counters_of(blocks: int, hidden: int, config: Config) -> int:
+    """One for the plan and one a token block, or, later, one a column block of the down kernel."""
+    return int(max(1 + blocks, -(-hidden // config["down"]["BLOCK_N"])))
+
+
+def call_bytes(
+    layer: Layer,
+    config: Config,
+    *,
+    tokens: int,
+    experts: int,
+    shared: int,
+    routed_here: bool,
+    element_bytes: int,
+) -> int:
+    """Device memory in bytes that one call on `tokens` tokens allocates besides its output.
+
+    experts: those whose weights are given, the `shared` ones among them. routed_here: the call routes; else ids and
+    weights are the caller's.
+    """
+    slots = layer.slots
+    blocks, parts = -(-tokens // config["router"]["BLOCK_T"]), config["router"]["SPLIT_H"]
+    words = (4 if routed_here else 2) * tokens * slots + (blocks + 1) * experts + 2
+    words += 2 * max(tiles_of(tokens, slots, experts, shared, config), 1) + counters_of(
+        blocks, layer.hidden, config
+    )
+    words += parts * tokens * layer.experts if routed_here and parts > 1 else 0
+    rows = tokens * min(slots, experts) * layer.intermediate + tokens * slots * layer.hidden
+    return 4 * words + rows * element_bytes
+
+
 def kernel_sequence(config: Config, tokens: int) -> tuple[str, ...]:
     """The kernels of one forward call, in order. External routing launches `plan` in place of `router`."""
     scatter = ("scatter",) if tokens > ONE_LAUNCH_TOKENS else ()

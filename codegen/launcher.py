@@ -11,7 +11,16 @@ from typing import NamedTuple
 import torch
 import triton
 
-from moecc.codegen.frozen import Config, Constants, Layer, kernel_constants, kernel_sequence, tiles_max
+from moecc.codegen.frozen import (
+    Config,
+    Constants,
+    Layer,
+    call_bytes,
+    counters_of,
+    kernel_constants,
+    kernel_sequence,
+    tiles_of,
+)
 from moecc.codegen.kernels.down import combine_kernel, down_kernel
 from moecc.codegen.kernels.gate_up import gate_up_kernel
 from moecc.codegen.kernels.plan import plan_kernel, scatter_kernel
@@ -100,8 +109,12 @@ class Launcher:
                 f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} must both be "
                 f"[{len(rows)}, k]"
             )
-        if not len(rows):
-            return torch.empty_like(x)
+        if topk_ids.is_floating_point() or topk_ids.device != rows.device:
+            raise ValueError(
+                f"topk_ids are {topk_ids.dtype} on {topk_ids.device}, not integers on {rows.device}"
+            )
+        if not topk_ids.numel():
+            return torch.zeros_like(x) if residual is None else residual.clone()
         if "gate_up" not in weights:
             raise ValueError("weights lack 'gate_up'")
         experts = len(weights["gate_up"])
@@ -117,15 +130,16 @@ class Launcher:
 
     def workspace_bytes(self, tokens: int, target: str) -> int:
         """Device memory in bytes that `forward` allocates besides its output."""
-        layer, config = self.layer, self.configs[target]
-        blocks = triton.cdiv(tokens, config["router"]["BLOCK_T"])
-        parts = config["router"]["SPLIT_H"]
-        words = 4 * tokens * layer.slots + (blocks + 1) * layer.total_experts + 2
-        words += 2 * _tiles(tokens, layer.slots, layer.total_experts, layer.shared, config)
-        words += self._counters(blocks, config)
-        words += parts * tokens * layer.experts if parts > 1 else 0
-        rows = tokens * layer.slots * (layer.intermediate + layer.hidden)
-        return int(4 * words + rows * getattr(torch, layer.dtype).itemsize)
+        layer = self.layer
+        return call_bytes(
+            layer,
+            self.configs[target],
+            tokens=tokens,
+            experts=layer.total_experts,
+            shared=layer.shared,
+            routed_here=True,
+            element_bytes=getattr(torch, layer.dtype).itemsize,
+        )
 
     def _route(self, rows: torch.Tensor, weights: Weights, logits: torch.Tensor | None) -> Plan:
         layer, tokens = self.layer, len(rows)
@@ -175,7 +189,7 @@ class Launcher:
             residual = residual.reshape(-1, hidden).contiguous()
             _expect("residual", residual, (tokens, hidden))
         constants = self._constants(plan, experts, has_residual=residual is not None)
-        h = rows.new_empty((tokens * slots, inner))
+        h = rows.new_empty((tokens * min(slots, experts), inner))
         partial = rows.new_empty((tokens * slots, hidden))
         out = torch.empty_like(rows)
         tiles, tail = len(plan.tile_expert), (rows if residual is None else residual, out)
@@ -195,16 +209,12 @@ class Launcher:
         tokens, slots = ids.shape
         config = self.configs[self._target(ids.device)]
         blocks = triton.cdiv(tokens, config["router"]["BLOCK_T"])
-        tiles = _tiles(tokens, slots, experts, shared, config)
+        tiles = max(tiles_of(tokens, slots, experts, shared, config), 1)
         sizes = (tokens * slots, blocks * experts, experts + 1, tiles, tiles, 1, tokens * slots)
         arrays = [torch.empty(size, dtype=torch.int32, device=ids.device) for size in sizes]
         arrays[1] = arrays[1].view(blocks, experts)
-        counters = self._zero_counters(ids.device, self._counters(blocks, config))
+        counters = self._zero_counters(ids.device, counters_of(blocks, self.layer.hidden, config))
         return Plan._make((ids, topk_weights, *arrays, counters))
-
-    def _counters(self, blocks: int, config: Config) -> int:
-        """One for the plan and one a token block, or, later, one a column block of the down kernel."""
-        return int(max(1 + blocks, triton.cdiv(self.layer.hidden, config["down"]["BLOCK_N"])))
 
     def _zero_counters(self, device: torch.device, count: int) -> torch.Tensor:
         """Counters that are zero now; kernels leave them so, and launches on one stream share them."""
@@ -256,14 +266,6 @@ def _backend(target: str) -> str:
     if target == "interpret":
         return target
     return "hip" if target.startswith("gfx") else "cuda"
-
-
-def _tiles(tokens: int, slots: int, experts: int, shared: int, config: Config) -> int:
-    """Row tiles to launch; the shared experts, which see every token, need no worst case."""
-    block_m = config["gate_up"]["BLOCK_M"]
-    return int(
-        shared * triton.cdiv(tokens, block_m) + tiles_max(tokens, slots - shared, experts - shared, block_m)
-    )
 
 
 def _tensor(

@@ -14,6 +14,7 @@ Operands are named in the text form, results have the types that `infer` compute
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
@@ -130,12 +131,16 @@ def attr(
 
 
 class Op:
-    """Base of all operations. Subclasses declare fields and `infer` the types of their results."""
+    """Base of all operations. Subclasses declare fields and `infer` the types of their results.
+
+    `tasks` names the tasks of the schedule that the op carries out; they follow it through fusion and lowering.
+    """
 
     mnemonic: ClassVar[str] = ""
     operand_fields: ClassVar[tuple[Field[Any], ...]] = ()
     result_fields: ClassVar[tuple[Field[Any], ...]] = ()
     attribute_fields: ClassVar[tuple[AttributeField[Any], ...]] = ()
+    tasks = attr(list, default=[])
 
     def __init_subclass__(cls, mnemonic: str) -> None:
         cls.mnemonic = mnemonic
@@ -143,7 +148,8 @@ class Op:
         fields = [member for member in members if isinstance(member, Field)]
         cls.operand_fields = tuple(f for f in fields if f.kind == "operand")
         cls.result_fields = tuple(f for f in fields if f.kind == "result")
-        cls.attribute_fields = tuple(member for member in members if isinstance(member, AttributeField))
+        attributes = [member for member in members if isinstance(member, AttributeField)]
+        cls.attribute_fields = tuple(sorted(attributes, key=lambda declared: declared.name == "tasks"))
 
     def __init__(
         self,
@@ -162,7 +168,7 @@ class Op:
         self.attributes: dict[str, Any] = dict(attributes or {})
         for declared in self.attribute_fields:
             if declared.default is not None:
-                self.attributes.setdefault(declared.name, declared.default)
+                self.attributes.setdefault(declared.name, copy(declared.default))
         check_fields(self)
         self.results = self._make_results()
         for value, name in zip(self.all_results, names, strict=False):

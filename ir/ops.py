@@ -106,10 +106,11 @@ class Split(Op, mnemonic="tensor.split"):
 
 
 class AllToAll(Op, mnemonic="comm.all_to_all"):
-    """Tokens to the distinct devices of their experts, or partial sums of those devices back home.
+    """Tokens to the distinct devices of their experts, or partial sums of those devices back together.
 
-    `dispatch` also delivers the routing, in which only the `slots` experts of a device count; `fan_out` and
-    `node_fan_out` are the mean numbers of distinct devices and nodes a token reaches.
+    `dispatch` also delivers the routing, in which only the `slots` experts of a device count. `fan_out` is the mean
+    number of distinct devices that a token's experts are on; `remote_devices` and `remote_nodes` are the mean numbers
+    of copies of a token that leave its device and its node.
     """
 
     x = operand(TokensType)
@@ -120,7 +121,8 @@ class AllToAll(Op, mnemonic="comm.all_to_all"):
     devices = attr(int, min=2)
     slots = attr(int, min=1)
     fan_out = attr(float, min=0)
-    node_fan_out = attr(float, min=0)
+    remote_devices = attr(float, min=0)
+    remote_nodes = attr(float, min=0)
 
     def infer(self) -> tuple[Type, Type | None]:
         home = routing_of(self)

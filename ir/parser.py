@@ -113,6 +113,20 @@ class _Parser:
             items.append(item())
         return items
 
+    def named(self, close: str, item: Callable[[], tuple[str, T]]) -> dict[str, T]:
+        """Items by name up to and with `close`; a name that comes twice is an error."""
+        found: dict[str, T] = {}
+
+        def add() -> None:
+            at = self.next.at
+            name, value = item()
+            if name in found:
+                raise InputError(f"{name!r} is given twice", where=at, hint="remove one of them")
+            found[name] = value
+
+        self.listed(close, add)
+        return found
+
     def module(self) -> Module:
         self.take("module")
         name = self.take("symbol").text[1:]
@@ -134,7 +148,7 @@ class _Parser:
         self.take("{")
         if self.next.text in ("func", "}"):
             return {}
-        attributes = dict(self.listed("}", self.pair))
+        attributes = self.named("}", self.pair)
         self.take("{")
         return attributes
 
@@ -145,9 +159,9 @@ class _Parser:
         self.take("(")
         arguments = self.listed(")", self.argument)
         attributes: dict[str, Any] = {}
-        if self.next.text == "{" and self.peek(2).text == "=":
+        if self.next.text == "{" and self.peek(1).kind in ("word", "string") and self.peek(2).text == "=":
             self.take("{")
-            attributes = dict(self.listed("}", self.pair))
+            attributes = self.named("}", self.pair)
         location = self.location() or at
         self.take("{")
         function = Function(name, arguments, attributes=attributes, location=location)
@@ -181,8 +195,8 @@ class _Parser:
                 f"unknown operation {word.text!r}", where=word.at, hint=f"operations are {known}"
             )
         self.take("(")
-        operands = dict(self.listed(")", self.named_operands))
-        attributes = dict(self.listed("}", self.pair)) if self.accept("{") else {}
+        operands = self.named(")", self.named_operands)
+        attributes = self.named("}", self.pair) if self.accept("{") else {}
         types = self.types() if self.accept(":") else []
         location = self.location() or word.at
         try:
@@ -269,6 +283,6 @@ class _Parser:
         if self.accept("["):
             return self.listed("]", lambda: self.attribute(depth + 1))
         if self.accept("{"):
-            return dict(self.listed("}", self.pair))
+            return self.named("}", self.pair)
         token = self.take("number", "string", *_WORDS)
         return _WORDS[token.text] if token.kind == "word" else self.literal(token)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import cast
 
 from moecc.errors import InputError
 
@@ -121,23 +120,6 @@ class PlanType(Type):
 
     def __str__(self) -> str:
         return f"plan<{self.rows} of {self.experts}>"
-
-
-def bytes_at(type: Type, tokens: int) -> float:
-    """Size of a value in memory when T is `tokens`: ids and weights of a routing are 4 bytes each."""
-    if isinstance(type, TokensType):
-        return type.rows.at(tokens) * type.hidden * DTYPE_BYTES[type.dtype]
-    if isinstance(type, TensorType):
-        size = float(DTYPE_BYTES[type.dtype])
-        for extent in type.shape:
-            size *= extent.at(tokens)
-        return size
-    if isinstance(type, WeightsType):
-        return type.bytes
-    if isinstance(type, RoutingType):
-        return type.assignments.at(tokens) * 8
-    plan = cast(PlanType, type)
-    return plan.rows.at(tokens) * 4 + (plan.experts + 1) * 4
 
 
 def _dim(text: str) -> Dim:

@@ -19,6 +19,11 @@ def verify(module: Module) -> None:
 
 
 def _verify_function(function: Function) -> None:
+    layers = function.attributes.get("layers", [])
+    if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+        raise InputError(
+            f"attribute 'layers' of @{function.name} must be a list of layer indices", where=function.location
+        )
     defined: set[Value] = set(function.arguments)
     for op in function.ops:
         _verify_op(op, defined)

@@ -10,9 +10,11 @@ from typing import Any
 from moecc.autotune.defaults import default_configs
 from moecc.codegen.aot import CompiledKernel, Job, compile_batch
 from moecc.codegen.emit import emit_module
-from moecc.codegen.frozen import kernel_sequence
-from moecc.codegen.layers import Entry, KernelSet
-from moecc.codegen.switches import freeze_configs
+from moecc.codegen.frozen import call_bytes, kernel_sequence
+from moecc.codegen.layers import Entry, KernelSet, kernel_set, kernel_sets
+from moecc.codegen.switches import freeze_configs, freeze_layer
+from moecc.ir.core import Function, Module
+from moecc.ir.types import DTYPE_BYTES
 
 WORKERS = 2  # compiler processes at once, about 0.5 GB each
 
@@ -46,6 +48,39 @@ def build_kernels(
     for (kernels, job), compiled in zip(jobs, _compiled([job for _, job in jobs], progress), strict=True):
         _add(built, kernels, job.target, compiled)
     return built
+
+
+def workspace_bytes(module: Module, targets: Sequence[str]) -> int:
+    """Device memory that the hungriest function needs beside weights and KV cache: for every token chunk the buffers of
+    its kernels and, where tokens travel, those received and the sums that go back. Chunks may all be in flight.
+    """
+    sets = kernel_sets(module)
+    return max((_function_bytes(function, sets, targets) for function in module.functions), default=0)
+
+
+def _function_bytes(function: Function, sets: Sequence[KernelSet], targets: Sequence[str]) -> int:
+    chunks = function.attributes["schedule"]["split"]["chunks"]
+    needed = 0
+    for suffix, calls in (("", chunks), ("_shared", 1)):
+        kernels = kernel_set(sets, function, suffix)
+        if kernels is not None:
+            needed += calls * max(_call_bytes(kernels, target) for target in targets)
+    return needed
+
+
+def _call_bytes(kernels: KernelSet, target: str) -> int:
+    shape = kernels.shape
+    element = DTYPE_BYTES[shape.dtype]
+    travelling = 2 * (shape.received or 0) * shape.hidden * element
+    return travelling + call_bytes(
+        freeze_layer(shape),
+        freeze_configs(default_configs(shape, target)),
+        tokens=shape.expert_tokens,
+        experts=shape.held_experts,
+        shared=shape.shared,
+        routed_here=kernels.entry != "experts",
+        element_bytes=element,
+    )
 
 
 def _needed(entry: Entry, forward: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from moecc.artifact import Artifact, check_destination, sha256, write_artifact
-from moecc.build import BuiltKernels, build_kernels
+from moecc.build import build_kernels, workspace_bytes
 from moecc.codegen.layers import kernel_sets
 from moecc.codegen.targets import find_target
-from moecc.errors import InputError
+from moecc.errors import InputError, MoeccError
 from moecc.frontend.spec import CompileSpec, locate
 from moecc.frontend.to_ir import import_model
 from moecc.frontend.workloads import workloads
-from moecc.hardware import Cluster, load_device
+from moecc.hardware import Cluster, MemoryUse, load_device
 from moecc.ir.core import Module
 from moecc.ir.printer import print_module
 from moecc.ir.verifier import verify
@@ -31,9 +31,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Compiled:
-    """The artifact (None where the model does not fit the devices) and the figures of the closing table."""
+    """The artifact and the figures of the closing table."""
 
-    artifact: Artifact | None
+    artifact: Artifact
     report: Mapping[str, Any]
 
 
@@ -43,7 +43,8 @@ def compile_model(
     """Compiles `spec` into the artifact folder `output`, all or nothing.
 
     progress(stage, done, total) is told what happens; total 0 means that nobody can tell how much is left.
-    Raises InputError for wrong input, MoeccError for work that failed; what stood at `output` is then untouched.
+    Raises InputError for wrong input, MoeccError for work that failed, also where the model does not fit its
+    devices; what stood at `output` is then untouched.
     """
     started = time.monotonic()
     check_destination(output)
@@ -51,19 +52,17 @@ def compile_model(
     routings = workloads(spec)
     module = import_model(spec)
     verify(module)
+    _require_fit(device_memory_use(module, cluster.device), spec)
     files: dict[str, str | bytes] = {"ir/00-import.moe": print_module(module)}
 
     def keep(name: str, module: Module) -> None:
         files[f"ir/{len(files):02}-{name}.moe"] = print_module(module)
 
     run_passes(module, PIPELINE, Context(workloads=routings, progress=progress), keep)
-    memory = device_memory_use(module, cluster.device)
-    built = BuiltKernels()
-    if memory.fits:
-        built = build_kernels(kernel_sets(module), targets, progress)
+    memory = device_memory_use(module, cluster.device, workspace_bytes(module, targets))
+    _require_fit(memory, spec)
+    built = build_kernels(kernel_sets(module), targets, progress)
     figures = report(module, cluster, memory, built, seconds=lambda: time.monotonic() - started)
-    if not memory.fits:
-        return Compiled(None, figures)
     files |= built.files
     files |= {
         "schedule.json": _json(schedules(module)),
@@ -74,6 +73,22 @@ def compile_model(
         files["placement.json"] = _json(module.attributes["placement"])
     progress("write", 0, 0)
     return Compiled(write_artifact(output, files, _inputs(spec)), figures)
+
+
+def _require_fit(memory: MemoryUse, spec: CompileSpec) -> None:
+    if memory.fits:
+        return
+    sizes = {
+        "weights": memory.weights_bytes,
+        "KV cache": memory.kv_cache_bytes,
+        "workspace": memory.workspace_bytes,
+    }
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sizes.items())
+    raise MoeccError(
+        f"one device needs {memory.used_bytes / 1e9:.1f} GB ({parts}) and has {memory.capacity_bytes / 1e9:.1f} GB",
+        where=locate(spec.locations, "cluster", spec.source),
+        hint="use more devices, or lower serving.tokens_per_device.decode or serving.context_length",
+    )
 
 
 def _hardware(spec: CompileSpec) -> tuple[Cluster, tuple[str, ...]]:
@@ -94,9 +109,12 @@ def _hardware(spec: CompileSpec) -> tuple[Cluster, tuple[str, ...]]:
 
 
 def _inputs(spec: CompileSpec) -> dict[str, str]:
-    """Digests of the files that were compiled, by name without folder: an artifact names no machine's paths."""
-    files = [Path(spec.source), Path(spec.model.source), *(w.trace for w in spec.workloads if w.trace)]
-    return {file.name: sha256(file.read_bytes()) for file in files if file.is_file()}
+    """Digests of the files that were compiled, by their role: an artifact names no machine's paths."""
+    files = {"model.yaml": Path(spec.source), "config.json": Path(spec.model.source)}
+    files |= {f"trace:{w.name}": w.trace for w in spec.workloads if w.trace is not None}
+    if files["model.yaml"] == files["config.json"]:
+        del files["config.json"]
+    return {name: sha256(file.read_bytes()) for name, file in files.items() if file.is_file()}
 
 
 def _json(data: Any) -> str:

@@ -9,29 +9,49 @@ from typing import Any
 from moecc.build import BuiltKernels
 from moecc.hardware import Cluster, DeviceSpec, MemoryUse
 from moecc.ir.core import Function, Module
-from moecc.ir.ops import Attention
+from moecc.ir.ops import Attention, Experts
 from moecc.ir.types import WeightsType
+from moecc.passes.settings import section, settings_of
 
 SCHEMA = "moecc.report/1"
 PHASES = ("decode", "prefill")
 
 
-def device_memory_use(module: Module, device: DeviceSpec) -> MemoryUse:
-    """What one device holds of a lowered module: its expert slots, the rest of the weights whole, the KV cache of
-    one decode step's sequences at full context, and the largest workspace of a function."""
-    decode = [f for f in module.functions if f.attributes["phase"] == "decode"]
-    sequences = module.attributes["serving"]["decode"]
+def device_memory_use(module: Module, device: DeviceSpec, workspace_bytes: int = 0) -> MemoryUse:
+    """What one device holds: its expert slots, the rest of the weights whole, the KV cache of `cached_sequences` at
+    full context, and a workspace. The module may stand before or behind any pass."""
+    functions = [f for f in module.functions if f.attributes.get("phase", "decode") == "decode"]
+    sequences, slots = cached_sequences(module), _wanted_slots(module)
+    layers = sum(_weights_of_layers(function, slots) for function in functions)
     return MemoryUse(
-        weights_bytes=module.attributes["embedding_bytes"] + sum(_weights_of_layers(f) for f in decode),
-        kv_cache_bytes=sum(_kv_of_layers(f, sequences) for f in decode),
-        workspace_bytes=max((f.attributes.get("workspace_bytes", 0) for f in module.functions), default=0),
+        weights_bytes=module.attributes["embedding_bytes"] + layers,
+        kv_cache_bytes=sum(_kv_of_layers(f, sequences) for f in functions),
+        workspace_bytes=workspace_bytes,
         capacity_bytes=device.memory_bytes,
     )
 
 
-def _weights_of_layers(function: Function) -> int:
+def cached_sequences(module: Module) -> int:
+    """Those of one decode step; under `migrate` of all devices, for a token may land on any."""
+    settings = settings_of(module)
+    return settings.decode * (settings.devices if settings.execution == "migrate" else 1)
+
+
+def _wanted_slots(module: Module) -> Callable[[int], int]:
+    """Of so many experts, how many a device holds."""
+    devices = settings_of(module).devices
+    wanted = section(module, "placement_request").get("slots_per_device")
+    return lambda experts: experts if devices == 1 else int(wanted or -(-experts // devices))
+
+
+def _weights_of_layers(function: Function, slots: Callable[[int], int]) -> int:
+    """Until communication is placed a function holds the weights of all experts, a device those of its slots."""
     arguments = sum(a.type.bytes for a in function.arguments if isinstance(a.type, WeightsType))
     attention = sum(op.weight_bytes for op in function.every(Attention))
+    for op in function.every(Experts):
+        for type in (v.type for v in op.all_operands if isinstance(v.type, WeightsType)):
+            experts = type.shape[0]
+            arguments -= type.bytes // experts * (experts - slots(experts))
     return len(function.attributes["layers"]) * (arguments + attention)
 
 
@@ -53,7 +73,11 @@ def report(
         "placement": placement and {"certificate": placement["certificate"], **placement["report"]},
         "steps": [_step(module, phase) for phase in PHASES],
         "kernels": built.table,
-        "memory": {**asdict(memory), "used_bytes": memory.used_bytes, "fits": memory.fits},
+        "memory": {
+            **asdict(memory),
+            "used_bytes": memory.used_bytes,
+            "cached_sequences": cached_sequences(module),
+        },
         "notes": _notes(module, cluster),
         "seconds": round(seconds(), 3),
     }

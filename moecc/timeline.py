@@ -44,7 +44,7 @@ def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
 def _event(task: dict[str, Any], pid: int, tid: int) -> dict[str, Any]:
     return {
         "name": task["name"],
-        "cat": f"chunk {task['chunk']}",
+        "cat": "all tokens" if task["chunk"] is None else f"chunk {task['chunk']}",
         "ph": "X",
         "pid": pid,
         "tid": tid,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from moecc.hardware.latency import AllGather, AllToAll, Compute, ExpertLayer, Work, latency_us
@@ -11,6 +11,7 @@ from moecc.hardware.spec import Cluster
 from moecc.ir import ops
 from moecc.ir.core import Op, Value
 from moecc.ir.types import DTYPE_BYTES, RoutingType, TokensType, WeightsType
+from moecc.passes.lower import FUSED_COMBINE_TOKENS, ONE_LAUNCH_TOKENS
 
 Phase = Literal["decode", "prefill"]
 ATTENTION_LAUNCHES = 6  # norm, qkv, rope, attention, output projection, residual and norm
@@ -20,7 +21,8 @@ ATTENTION_LAUNCHES = 6  # norm, qkv, rope, attention, output projection, residua
 class Situation:
     """What costs depend on beside the op: tokens of one device in one step, the cluster, and how experts spread.
 
-    imbalance: largest device load / mean, the device that everyone waits for.
+    imbalance: largest device load / mean, the device that everyone waits for. It is that of the whole trace; one
+    step of few tokens is less balanced.
     """
 
     phase: Phase
@@ -31,7 +33,10 @@ class Situation:
 
 
 def op_latency_us(op: Op, situation: Situation) -> float:
-    """Predicted time of `op`; 0 for what is fused into its neighbours."""
+    """Predicted time of `op` in microseconds; 0 for what is fused into its neighbours.
+
+    Raises InputError where the device has no peak for the op's dtype.
+    """
     work_of = _WORK.get(type(op))
     return latency_us(work_of(op, situation), situation.cluster) if work_of else 0.0
 
@@ -66,7 +71,7 @@ def _attention(op: Any, situation: Situation) -> Work:
     )
 
 
-def _mlp(op: Any, situation: Situation) -> Work:
+def _mlp(op: Any, situation: Situation) -> Compute:
     rows, weights = _rows(op.x, situation), (_weights(op.gate_up), _weights(op.down))
     parameters = sum(w.bytes / DTYPE_BYTES[w.dtype] for w in weights)
     return Compute(
@@ -75,6 +80,13 @@ def _mlp(op: Any, situation: Situation) -> Work:
         dtype=weights[0].dtype,
         launches=2,
     )
+
+
+def _shared_expert(op: Any, situation: Situation) -> Work:
+    """The experts' kernels: plan, gate-up and down, beyond some tokens combine, beyond more scatter."""
+    rows = _rows(op.x, situation)
+    launches = 3 + (rows > FUSED_COMBINE_TOKENS) + (rows > ONE_LAUNCH_TOKENS)
+    return replace(_mlp(op, situation), launches=launches)
 
 
 def _gate(op: Any, situation: Situation) -> Work:
@@ -88,12 +100,15 @@ def _gate(op: Any, situation: Situation) -> Work:
 
 
 def _all_to_all(op: Any, situation: Situation) -> Work:
+    """Bytes of the busiest device. The model takes homes to be random: copies are scaled to those that leave."""
+    devices, nodes = situation.cluster.devices, situation.cluster.nodes
+    distinct = op.remote_devices * devices / (devices - 1)
     return AllToAll(
-        tokens=cast(RoutingType, op.routing.type).tokens.at(situation.tokens),
+        tokens=cast(RoutingType, op.routing.type).tokens.at(situation.tokens) * situation.imbalance,
         bytes_per_token=_row_bytes(op.x),
-        distinct_devices=op.fan_out,
-        distinct_nodes=op.node_fan_out,
-        top_k=situation.top_k,
+        distinct_devices=distinct,
+        distinct_nodes=op.remote_nodes * nodes / (nodes - 1) if nodes > 1 else 1.0,
+        top_k=situation.top_k * distinct / op.fan_out if op.fan_out else 0.0,
         phase=situation.phase,
     )
 
@@ -129,6 +144,6 @@ _WORK: Mapping[type[Op], Callable[[Any, Situation], Work]] = {
     ops.AllToAll: _all_to_all,
     ops.AllGather: _all_gather,
     ops.Experts: _experts,
-    ops.SharedExpert: _mlp,
+    ops.SharedExpert: _shared_expert,
     ops.Residual: _residual,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 from moecc.ir.core import Function, Module, Op, Value
 from moecc.ir.op_checks import ACTIVATION_ATTRIBUTES
@@ -31,9 +31,8 @@ def fuse_router(op: Op, function: Function) -> Replacement | None:
         return None
     if len(uses(function, gate.logits)) > 1:
         return None
-    router = FusedRouter(
-        {**gate.operands, "correction_bias": op.correction_bias}, op.attributes, location=op.location
-    )
+    operands = {**gate.operands, "correction_bias": op.correction_bias}
+    router = FusedRouter(operands, {**op.attributes, "tasks": gate.tasks + op.tasks}, location=op.location)
     return Replacement([router], {op.routing: router.routing})
 
 
@@ -45,8 +44,9 @@ def fuse_experts(op: Op, function: Function) -> Replacement | None:
         return None
     if len(uses(function, experts.outputs)) > 1 or len(uses(function, dispatch.rows)) > 1:
         return None
-    plan = Plan({"routing": dispatch.routing})
-    activation = {name: experts.attributes[name] for name in ACTIVATION_ATTRIBUTES}
+    tasks = {"tasks": dispatch.tasks + experts.tasks + op.tasks}
+    plan = Plan({"routing": dispatch.routing}, tasks)
+    activation = {name: experts.attributes[name] for name in ACTIVATION_ATTRIBUTES} | tasks
     gate_up = GateUp(
         {
             "x": dispatch.x,
@@ -64,7 +64,8 @@ def fuse_experts(op: Op, function: Function) -> Replacement | None:
             "routing": op.routing,
             "down": experts.down,
             "down_bias": experts.down_bias,
-        }
+        },
+        tasks,
     )
     return Replacement([plan, gate_up, down], {op.combined: down.combined})
 
@@ -82,65 +83,66 @@ def sort_in_router(op: Op, function: Function) -> Replacement | None:
 
 
 def shared_as_experts(op: Op, function: Function) -> Replacement | None:
-    """Shared experts become experts that every token selects, where `why_apart` has nothing against it."""
-    if not isinstance(op, SharedExpert) or why_apart(op, function) is not None:
+    """Shared experts become experts that every token selects, where nothing is against it."""
+    if not isinstance(op, SharedExpert):
         return None
-    down = _routed_partner(op, function)
-    if down is None:
+    partner = routed_partner(op, function)
+    if isinstance(partner, str):
         return None
-    gate_up = cast(GateUp, down.rows.op)
-    router = cast(FusedRouter, down.routing.op)
-    shared = cast(WeightsType, op.gate_up.type).shape[0]
-    weights = {
+    router, gate_up, down, residual = partner
+    stacked = {
         "gate_up": _stack(function, gate_up.gate_up, op.gate_up),
         "down": _stack(function, down.down, op.down),
     }
+    shared = cast(WeightsType, op.gate_up.type).shape[0]
+    tasks = {"tasks": gate_up.tasks + op.tasks}
     new_router = FusedRouter(
         router.operands, {**router.attributes, "shared": shared}, location=router.location
     )
     plan = cast(Value, new_router.plan)
     new_gate_up = GateUp(
-        {"x": gate_up.x, "plan": plan, "gate_up": weights["gate_up"]},
-        gate_up.attributes,
+        {"x": gate_up.x, "plan": plan, "gate_up": stacked["gate_up"]},
+        gate_up.attributes | tasks,
         location=gate_up.location,
     )
     new_down = DownCombine(
-        {"rows": new_gate_up.rows, "plan": plan, "routing": new_router.routing, "down": weights["down"]},
+        {"rows": new_gate_up.rows, "plan": plan, "routing": new_router.routing, "down": stacked["down"]},
+        tasks,
         location=down.location,
     )
-    residual = next(user for user in uses(function, op.shared) if isinstance(user, Residual))
     parts = [new_down.combined if p is down.combined else p for p in residual.parts if p is not op.shared]
-    total = Residual({"parts": parts}, location=residual.location)
+    total = Residual({"parts": parts}, residual.attributes, location=residual.location)
     return Replacement([new_router, new_gate_up, new_down, total], {residual.total: total.total})
 
 
-def why_apart(op: SharedExpert, function: Function) -> str | None:
-    """Why a shared expert keeps kernels of its own, or None if it can be a routed expert."""
+class Partner(NamedTuple):
+    """The fused routed experts whose sum a shared expert's joins."""
+
+    router: FusedRouter
+    gate_up: GateUp
+    down: DownCombine
+    residual: Residual
+
+
+def routed_partner(op: SharedExpert, function: Function) -> Partner | str:
+    """The routed experts that a shared expert can join, or why it keeps kernels of its own."""
     if function.first(AllToAll) is not None:
         return "the routed rows leave for other devices"
-    partner = _routed_partner(op, function)
-    if partner is None:
+    residual = next((user for user in uses(function, op.shared) if isinstance(user, Residual)), None)
+    downs = [part.op for part in residual.parts if isinstance(part.op, DownCombine)] if residual else []
+    if residual is None or len(downs) != 1 or len(uses(function, op.shared)) > 1:
         return "its sum does not meet that of fused routed experts"
-    gate_up, routing = partner.rows.op, partner.routing.op
-    if not isinstance(gate_up, GateUp) or not isinstance(routing, FusedRouter) or gate_up.x is not op.x:
+    down, gate_up, router = downs[0], downs[0].rows.op, downs[0].routing.op
+    if not isinstance(gate_up, GateUp) or not isinstance(router, FusedRouter) or gate_up.x is not op.x:
         return "the routed experts do not start from its input through a fused router"
-    if gate_up.gate_up_bias is not None or partner.down_bias is not None:
+    if gate_up.gate_up_bias is not None or down.down_bias is not None:
         return "the routed experts have biases"
     routed, shared = cast(WeightsType, gate_up.gate_up.type), cast(WeightsType, op.gate_up.type)
     if routed.shape[1:] != shared.shape[1:] or routed.dtype != shared.dtype:
         return f"its shape {shared} is not that of the routed experts {routed}"
     if any(op.attributes[name] != gate_up.attributes[name] for name in ACTIVATION_ATTRIBUTES):
         return "its activation is another"
-    return None
-
-
-def _routed_partner(op: SharedExpert, function: Function) -> DownCombine | None:
-    """The down GEMM whose result is added to the shared expert's."""
-    for user in uses(function, op.shared):
-        if isinstance(user, Residual):
-            partners = [part.op for part in user.parts if isinstance(part.op, DownCombine)]
-            return partners[0] if len(partners) == 1 else None
-    return None
+    return Partner(router, gate_up, down, residual)
 
 
 def _stack(function: Function, routed: Value, shared: Value) -> Value:
@@ -181,5 +183,5 @@ class Fuse:
 def _left_over(function: Function) -> list[str]:
     left = [f"{op.mnemonic}: its logits have other readers" for op in function.every(Gate)]
     left += [f"{op.mnemonic}: its rows have other readers" for op in function.every(Experts)]
-    left += [f"{op.mnemonic}: {why_apart(op, function)}" for op in function.every(SharedExpert)]
+    left += [f"{op.mnemonic}: {routed_partner(op, function)}" for op in function.every(SharedExpert)]
     return left

@@ -20,7 +20,7 @@ from moecc.ir.ops import (
     SharedExpert,
 )
 from moecc.ir.rewriter import replace_values
-from moecc.ir.types import PlanType, RoutingType, TokensType, Type, WeightsType, bytes_at
+from moecc.ir.types import PlanType, RoutingType, TokensType, Type, WeightsType
 from moecc.passes.manager import Context
 
 ONE_LAUNCH_TOKENS = 1024  # beyond, scattering the sorted rows is a launch of its own
@@ -29,8 +29,8 @@ FUSED_COMBINE_TOKENS = 32  # beyond, combining is a launch of its own
 
 class Lower:
     """Contract: routers, plans, expert GEMMs and shared experts are `kernel.launch` ops that fill buffers. The
-    function lists its kernel sets in `kernels`, each with all that codegen needs, and the memory of its buffers
-    in `workspace_bytes`. Attention, dense MLPs, exchanges and sums stay: the serving engine runs them.
+    function lists its kernel sets in `kernels`, each with all that codegen needs. Attention, dense MLPs, exchanges
+    and sums stay: the serving engine runs them.
 
     Pseudo-code: for every fused op: allocate its results, launch its kernels, let users read the buffers.
     """
@@ -75,8 +75,7 @@ def _lower(function: Function) -> None:
         replace_values(function, {old: alloc.buffer for old, alloc in allocs.items()})
     function.ops = lowered
     if lowering.sets:
-        workspace = sum(bytes_at(alloc.buffer.type, lowering.tokens) for alloc in function.every(Alloc))
-        function.attributes |= {"kernels": list(lowering.sets.values()), "workspace_bytes": int(workspace)}
+        function.attributes["kernels"] = list(lowering.sets.values())
 
 
 def _alloc(type: Type, name: str, op: Op) -> Alloc:
@@ -85,13 +84,15 @@ def _alloc(type: Type, name: str, op: Op) -> Alloc:
 
 def _launch(op: Op, kernel: str, reads: Sequence[Value], writes: Sequence[Value], suffix: str = "") -> Launch:
     return Launch(
-        {"reads": reads, "writes": writes}, {"kernel": kernel, "suffix": suffix}, location=op.location
+        {"reads": reads, "writes": writes},
+        {"kernel": kernel, "suffix": suffix, "tasks": op.tasks},
+        location=op.location,
     )
 
 
 def _router(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
     routing = cast(RoutingType, op.routing.type)
-    tokens = int(routing.tokens.at(lowering.tokens))
+    tokens = math.ceil(routing.tokens.at(lowering.tokens))
     lowering.describe(
         entry="forward" if op.sort else "distributed",
         tokens=tokens,
@@ -164,7 +165,7 @@ def _shared(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
     lowering.describe(
         "_shared",
         entry="experts",
-        tokens=int(x.rows.at(lowering.tokens)),
+        tokens=math.ceil(x.rows.at(lowering.tokens)),
         hidden=x.hidden,
         dtype=x.dtype,
         experts=count,

@@ -18,8 +18,8 @@ def drop_idle_group_limit(op: Op, function: Function) -> Replacement | None:
 
 
 def drop_idle_normalize(op: Op, function: Function) -> Replacement | None:
-    """A softmax over the selected logits sums to one already."""
-    if not isinstance(op, Route) or not (op.select_first and op.score == "softmax" and op.normalize):
+    """`select_first` ends the procedure before anything is normalised."""
+    if not isinstance(op, Route) or not (op.select_first and op.normalize):
         return None
     new = op.rebuilt({}, {"normalize": False, "norm_eps": 0.0, "norm_min": 0.0})
     return Replacement([new], dict(zip(op.all_results, new.all_results, strict=True)))
@@ -81,7 +81,7 @@ def _shape(function: Function) -> str:
 
 def _merged(group: list[Function]) -> Function:
     first = group[0]
-    first.attributes["layers"] = sorted(layer for f in group for layer in f.attributes["layers"])
+    first.attributes["layers"] = sorted(layer for f in group for layer in f.attributes.get("layers", []))
     return first
 
 

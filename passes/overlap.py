@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from moecc.errors import InputError
 from moecc.hardware.load import load_device
@@ -15,22 +15,39 @@ from moecc.ir.types import WeightsType
 from moecc.passes.costs import Phase, Situation, op_latency_us, stream_of
 from moecc.passes.manager import Context
 from moecc.passes.routed_path import RoutedPath, routed_path
+from moecc.passes.settings import Settings, section, settings_of
 from moecc.solvers.schedule import ScheduleProblem, Task, best_split, schedule_json
 
 SPLITS = (1, 2, 4)
+MEASURED = ("fan_out", "node_fan_out", "hops", "node_hops", "imbalance")
 SOLVE_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How experts are spread over devices, as the placement measured it."""
+    """How experts are spread over devices, as the placement measured it on held-out tokens."""
 
     devices: int
+    nodes: int
     slots: int
     fan_out: float
     node_fan_out: float
+    hops: float
+    node_hops: float
     imbalance: float
     execution: str
+
+    def remote(self, direction: str) -> tuple[float, float]:
+        """Mean copies of a token that leave its device, and its node, in an exchange.
+
+        `home`: a token's home is any device alike. `migrate`: before a dispatch it is where most of its experts of
+        the layer before were, which is one of its devices unless it hops; a combine ends on one of its devices.
+        """
+        if self.execution == "home":
+            others, other_nodes = 1 - 1 / self.devices, 1 - 1 / self.nodes
+            return self.fan_out * others, self.node_fan_out * other_nodes
+        hops, node_hops = (self.hops, self.node_hops) if direction == "dispatch" else (0.0, 0.0)
+        return max(self.fan_out - 1 + hops, 0.0), max(self.node_fan_out - 1 + node_hops, 0.0)
 
 
 class Overlap:
@@ -47,17 +64,14 @@ class Overlap:
     name = "overlap"
 
     def run(self, module: Module, context: Context) -> None:
-        wanted, serving = module.attributes["cluster"], module.attributes["serving"]
+        settings = settings_of(module)
         cluster = Cluster(
-            device=load_device(wanted["device"]),
-            nodes=wanted["nodes"],
-            devices_per_node=wanted["devices_per_node"],
+            device=load_device(settings.device),
+            nodes=settings.nodes,
+            devices_per_node=settings.devices_per_node,
         )
-        spread = _spread(module)
-        phases: tuple[tuple[Phase, int], ...] = (
-            ("decode", serving["decode"]),
-            ("prefill", serving["prefill"]),
-        )
+        spread = _spread(module, settings)
+        phases: tuple[tuple[Phase, int], ...] = (("decode", settings.decode), ("prefill", settings.prefill))
         module.functions = [
             _scheduled(function, phase, tokens, cluster, spread)
             for function in module.functions
@@ -65,25 +79,26 @@ class Overlap:
         ]
 
 
-def _spread(module: Module) -> Spread | None:
-    placement = module.attributes.get("placement")
-    cluster = module.attributes["cluster"]
-    if placement is None:
-        if cluster["nodes"] * cluster["devices_per_node"] > 1 and any(map(routed_path, module.functions)):
-            raise InputError(
-                "experts have no placement",
-                where=f"module @{module.name}",
-                hint="run the pass 'place' before 'overlap'",
-            )
+def _spread(module: Module, settings: Settings) -> Spread | None:
+    if settings.devices == 1 or not any(routed_path(function) for function in module.functions):
         return None
-    after = placement["report"]["after"]
+    if "placement" not in module.attributes:
+        where, hint = f"module @{module.name}", "run the pass 'place' before 'overlap'"
+        raise InputError("experts have no placement", where=where, hint=hint)
+    placement = section(module, "placement")
+    try:
+        after = placement["report"]["after"]
+        measured = {key: float(after[key]) for key in MEASURED}
+        slots = int(placement["slots_per_device"])
+    except (KeyError, TypeError, ValueError) as error:
+        where, hint = f"module @{module.name}", "use the placement that the pass 'place' wrote"
+        raise InputError(f"attribute placement lacks {error}", where=where, hint=hint) from None
     return Spread(
-        devices=placement["devices"],
-        slots=placement["slots_per_device"],
-        fan_out=after["fan_out"],
-        node_fan_out=after["node_fan_out"],
-        imbalance=after["imbalance"],
-        execution=module.attributes["serving"]["execution"],
+        devices=settings.devices,
+        nodes=settings.nodes,
+        slots=slots,
+        execution=settings.execution,
+        **measured,
     )
 
 
@@ -99,12 +114,14 @@ def _scheduled(
         imbalance=spread.imbalance if spread else 1.0,
     )
     splits = SPLITS if spread and path else SPLITS[:1]
-    candidates = {chunks: distribute(function, chunks, spread) for chunks in splits if chunks <= tokens}
+    candidates = {chunks: distribute(function, chunks, spread) for chunks in splits if tokens % chunks == 0}
     problems = {chunks: _problem(candidate, situation) for chunks, candidate in candidates.items()}
     decision = best_split(problems, time_limit_s=SOLVE_LIMIT_S)
     chosen, schedule = candidates[decision.chunks], decision.schedule
     names = _task_names(chosen.ops)
     order = {id(op): (schedule.starts_us.get(names[id(op)], 0.0), i) for i, op in enumerate(chosen.ops)}
+    for op in chosen.ops:
+        op.attributes["tasks"] = [names[id(op)]] if names[id(op)] in schedule.starts_us else []
     chosen.ops = _in_order(chosen.ops, order)
     chosen.name = f"{function.name}_{phase}"
     chosen.attributes |= {
@@ -116,7 +133,7 @@ def _scheduled(
 
 
 def _in_order(ops: Sequence[Op], order: dict[int, tuple[float, int]]) -> list[Op]:
-    """By start time; an op that costs nothing stands right before its first user or where its inputs are ready."""
+    """By start time; an op that costs nothing stands behind the last of its inputs."""
     ready: dict[int, tuple[float, int]] = {}
     for op in ops:
         inputs = [ready[id(v.op)] for v in op.all_operands if v.op is not None]
@@ -135,7 +152,10 @@ def _task_names(ops: Sequence[Op]) -> dict[int, str]:
 
 
 def _problem(function: Function, situation: Situation) -> ScheduleProblem:
-    """One task for every op that costs time; an op that costs none passes its dependencies on."""
+    """One task for every op that costs time; an op that costs none passes its dependencies on.
+
+    An op is of a chunk if there are several of its kind.
+    """
     names = _task_names(function.ops)
     behind: dict[int, tuple[str, ...]] = {}
     tasks = []
@@ -150,10 +170,15 @@ def _problem(function: Function, situation: Situation) -> ScheduleProblem:
                 stream=stream_of(op),
                 duration_us=duration,
                 after=after,
-                chunk=int(names[id(op)].rpartition(".")[2]),
+                chunk=_chunk(names[id(op)], names),
             )
             tasks.append(task)
     return ScheduleProblem(tasks=tuple(tasks))
+
+
+def _chunk(name: str, names: dict[int, str]) -> int | None:
+    kind, _, number = name.rpartition(".")
+    return int(number) if f"{kind}.1" in names.values() else None
 
 
 def distribute(function: Function, chunks: int, spread: Spread | None) -> Function:
@@ -224,24 +249,29 @@ def _routed_chunk(
     _append(function, path.gate, values)
     _append(function, path.route, values)
     home = values[path.route.routing]
-    attributes: dict[str, Any] = {}
     if spread:
-        attributes = {
-            "devices": spread.devices,
-            "slots": spread.slots,
-            "fan_out": spread.fan_out,
-            "node_fan_out": spread.node_fan_out,
-        }
-        operands = {"x": values[path.dispatch.x], "routing": home}
-        there = AllToAll(operands, attributes | {"direction": "dispatch"}, location=path.dispatch.location)
-        function.ops.append(there)
+        there = _exchange(function, "dispatch", values[path.dispatch.x], home, spread, path.dispatch)
         values[path.dispatch.x] = there.received
         values[path.route.routing] = cast(Value, there.local_routing)
     for op in (path.dispatch, path.experts, path.combine):
         _append(function, op, values)
     if not spread:
         return values[path.combine.combined]
-    operands = {"x": values[path.combine.combined], "routing": home}
-    back = AllToAll(operands, attributes | {"direction": "combine"}, location=path.combine.location)
-    function.ops.append(back)
-    return back.received
+    return _exchange(function, "combine", values[path.combine.combined], home, spread, path.combine).received
+
+
+def _exchange(
+    function: Function, direction: str, x: Value, routing: Value, spread: Spread, origin: Op
+) -> AllToAll:
+    remote_devices, remote_nodes = spread.remote(direction)
+    attributes = {
+        "direction": direction,
+        "devices": spread.devices,
+        "slots": spread.slots,
+        "fan_out": spread.fan_out,
+        "remote_devices": remote_devices,
+        "remote_nodes": remote_nodes,
+    }
+    op = AllToAll({"x": x, "routing": routing}, attributes, location=origin.location)
+    function.ops.append(op)
+    return op

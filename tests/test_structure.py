@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 # A folder or module imports only from ranks below its own, and from itself.
 RANKS = {
     "errors": 0,
-    "artifact": 1,
+    "files": 1,
+    "artifact": 2,
     "hardware": 1,
     "ir": 1,
     "solvers": 1,
@@ -26,6 +27,7 @@ RANKS = {
     "runtime": 5,
     "integrations": 6,
     "doctor": 6,
+    "plots": 6,
     "report": 6,
     "timeline": 6,
     "driver": 7,

@@ -18,8 +18,10 @@ def activate(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
     else:
         tl.static_assert(ACTIVATION == "clamped_swiglu")
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        # A GPU's plain minimum would turn a NaN into the limit.
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         return (up + 1.0) * gate * tl.sigmoid(ALPHA * gate)
 
 

@@ -55,6 +55,7 @@ def build_plan(
     tl.store(expert_offsets_ptr + 1 + expert, row_ends, is_expert)
 
     first_row = row_ends - rows
+    tl.debug_barrier()  # the counts that other threads still read above are overwritten below
     for start in range(0, num_blocks, PLAN_BLOCKS):
         block = start + step
         mask = (block < num_blocks)[:, None] & is_expert[None, :]

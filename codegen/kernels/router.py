@@ -99,7 +99,7 @@ def take_top_k(
 ):
     """TOP_K rounds of argmax: columns and values of the selected, [BLOCK_T, SLOT_BLOCK] each.
 
-    Every key is above -inf or not selectable, and more than TOP_K are selectable: the columns are distinct.
+    Every key is above -inf or not selectable, and at least TOP_K are selectable: the columns are distinct.
     """
     column = tl.arange(0, COLUMNS)[None, :]
     j = tl.arange(0, SLOT_BLOCK)[None, :]
@@ -191,8 +191,10 @@ def route_tokens(
         expert = column // GROUP_PAD * GROUP_SIZE + column % GROUP_PAD
         bias = tl.load(correction_bias_ptr + expert, is_expert, other=0.0)
         keys += widen(bias, BACKEND)[None, :]
-    # The floor keeps -inf for what cannot be selected, so that ids stay distinct even where a logit is NaN.
-    keys = tl.where(is_expert[None, :], tl.maximum(keys, -3.0e38), float("-inf"))
+    # The floor keeps -inf for what cannot be selected, so that ids stay distinct even where a logit is NaN: it ranks
+    # last, on a GPU as in the interpreter.
+    keys = tl.where(keys > -3.0e38, keys, -3.0e38)
+    keys = tl.where(is_expert[None, :], keys, float("-inf"))
     if GROUPS > 1 and not SELECT_FIRST:
         keys = drop_weak_groups(keys, BLOCK_T, GROUPS, GROUP_BLOCK, GROUP_PAD, TOP_GROUPS, GROUP_SCORE)
     columns, weights = take_top_k(keys, scores, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)

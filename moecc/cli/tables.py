@@ -16,13 +16,14 @@ from moecc.solvers.trace_metrics import Locality
 _MIN_WIDTH = 160
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """Wide enough for every table where the output is no terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=max(_MIN_WIDTH, console.width))
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """Without lines; the first column is text, the others are figures."""
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
@@ -31,20 +32,21 @@ def _table(*columns: str) -> Table:
 
 def print_report(report: Mapping[str, Any], output: Path | None) -> None:
     """The closing table of a compile: placement, predicted steps, kernels, memory, notes."""
-    console = _console()
+    console = wide_console()
     if placement := report["placement"]:
-        _print(console, _placement_title(placement), _placement(placement))
-    _print(console, "Predicted step time", _steps(report["steps"]))
+        print_titled(console, _placement_title(placement), _placement(placement))
+    print_titled(console, "Predicted step time", _steps(report["steps"]))
     if report["kernels"]:
-        _print(console, "Kernels", _kernels(report["kernels"]))
-    _print(console, "Memory of one device", _memory(report["memory"], report["serving"]))
+        print_titled(console, "Kernels", _kernels(report["kernels"]))
+    print_titled(console, "Memory of one device", _memory(report["memory"], report["serving"]))
     for note in report["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if output is not None:
         console.print(f"\n{output} written in {report['seconds']:.1f} s", markup=False)
 
 
-def _print(console: Console, title: str, table: Table) -> None:
+def print_titled(console: Console, title: str, table: Table) -> None:
+    """A bold line, the table, an empty line."""
     console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table, "")
 
@@ -57,7 +59,7 @@ def _placement_title(placement: Mapping[str, Any]) -> str:
 
 
 def _placement(placement: Mapping[str, Any]) -> Table:
-    table = _table(
+    table = plain_table(
         "layer",
         "imbalance before",
         "after",
@@ -79,7 +81,7 @@ def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> li
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("phase", "tokens/device", "serial ms", "overlapped ms", "bound ms", "chunks")
+    table = plain_table("phase", "tokens/device", "serial ms", "overlapped ms", "bound ms", "chunks")
     for step in steps:
         chunks = ", ".join(f"{f['name']} {f['chunks']}" for f in step["functions"])
         times = [f"{step[key] / 1e3:.3f}" for key in ("serial_us", "makespan_us", "bound_us")]
@@ -89,7 +91,7 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
 
 def _kernels(kernels: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("kernel", "target", "registers", "shared KB", "spill B", "loop instr.", "matrix")
-    table = _table(*columns)
+    table = plain_table(*columns)
     for row in kernels:
         table.add_row(
             f"{row['set']}.{row['kernel']}",
@@ -106,7 +108,7 @@ def _kernels(kernels: Sequence[Mapping[str, Any]]) -> Table:
 def _memory(memory: Mapping[str, Any], serving: Mapping[str, Any]) -> Table:
     sequences = f"KV cache, {memory['cached_sequences']:,} sequences of {serving['context']:,} tokens"
     names = {"weights": "weights", "kv_cache": sequences, "workspace": "workspace", "used": "used"}
-    table = _table("part", "GB")
+    table = plain_table("part", "GB")
     for key, name in (names | {"capacity": "capacity"}).items():
         table.add_row(name, f"{memory[f'{key}_bytes'] / 1e9:.2f}", style="bold" if key == "used" else "")
     return table
@@ -114,7 +116,7 @@ def _memory(memory: Mapping[str, Any], serving: Mapping[str, Any]) -> Table:
 
 def print_trace_stats(stats: Sequence[tuple[RoutingStats, Locality]]) -> None:
     """Two tables, one row a trace, means over layers."""
-    structure = _table(
+    structure = plain_table(
         "trace",
         "tokens",
         "sequences",
@@ -125,7 +127,7 @@ def print_trace_stats(stats: Sequence[tuple[RoutingStats, Locality]]) -> None:
         "co-activation",
         "adjacent bits",
     )
-    local = _table("trace", "segment tokens", "SRP", "experts used / top k", "cached experts", "SCH")
+    local = plain_table("trace", "segment tokens", "SRP", "experts used / top k", "cached experts", "SCH")
     for s, where in stats:
         structure.add_row(
             s.name,
@@ -143,8 +145,8 @@ def print_trace_stats(stats: Sequence[tuple[RoutingStats, Locality]]) -> None:
             str(where.cache_experts),
             f"{fmean(where.sch):.3f}",
         )
-    console = _console()
-    _print(console, "Routing, means over layers", structure)
-    _print(
+    console = wide_console()
+    print_titled(console, "Routing, means over layers", structure)
+    print_titled(
         console, "Locality, means over layers: best segment router (SRP), segment cache hit rate (SCH)", local
     )

@@ -76,7 +76,7 @@ class AllToAll:
     bytes_per_token: float
     distinct_devices: float
     distinct_nodes: float
-    top_k: int
+    top_k: float
     phase: Literal["decode", "prefill"]
 
 

@@ -18,6 +18,8 @@ from moecc.errors import MoeccError
 if TYPE_CHECKING:
     from torch import Tensor
 
+Weights = Mapping[str, "Tensor"]  # by name, as emitted modules take them
+
 _SWITCH = "TRITON_INTERPRET"
 
 
@@ -70,17 +72,17 @@ class Kernels:
     module: Any
     interpreted: bool
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
         with _interpreting(self.interpreted):
             out: Tensor = self.module.forward(x, weights)
         return out
 
-    def route(self, x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
         with _interpreting(self.interpreted):
             ids, topk_weights = self.module.route(x, weights)
         return ids, topk_weights
 
-    def experts(self, x: Tensor, ids: Tensor, topk_weights: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def experts(self, x: Tensor, ids: Tensor, topk_weights: Tensor, weights: Weights) -> Tensor:
         with _interpreting(self.interpreted):
             out: Tensor = self.module.experts(x, ids, topk_weights, weights)
         return out

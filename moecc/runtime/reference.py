@@ -53,6 +53,7 @@ def routing_weights(router: Router, selection: Selection, ids: Tensor) -> Tensor
 
 
 def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """`Activation` on gate and up [rows, intermediate]."""
     if activation.kind == "clamped_swiglu":
         gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
         return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
@@ -83,11 +84,18 @@ def experts(
 def selection_error(shape: LayerShape, selection: Selection, ids: Tensor) -> float:
     """By how much the worst selected expert falls short of the best one left out; 0 for a correct top-k.
 
-    Rounding may swap two experts whose scores are all but equal: the shortfall is then tiny.
+    ids: [tokens, top_k + shared]. Rounding may swap two experts whose scores are all but equal: the shortfall is then
+    tiny. Infinite for an expert that does not exist or stands twice, and for shared experts other than the last ones.
     """
-    chosen = torch.zeros_like(selection.selecting, dtype=torch.bool).scatter(
-        -1, ids[:, : shape.top_k].long(), True
-    )
+    if not len(ids):
+        return 0.0
+    routed, shared = ids[:, : shape.top_k].long(), ids[:, shape.top_k :]
+    in_range = ((routed >= 0) & (routed < shape.experts)).all()
+    distinct = (torch.sort(routed, dim=-1).values.diff(dim=-1) > 0).all()
+    everyone = torch.arange(shape.experts, shape.experts + shape.shared, device=ids.device)
+    if not in_range or not distinct or not (shared == everyone).all():
+        return torch.inf
+    chosen = torch.zeros_like(selection.selecting, dtype=torch.bool).scatter(-1, routed, True)
     worst = selection.selecting.masked_fill(~chosen, torch.inf).amin(-1)
     best_left = selection.selecting.masked_fill(chosen, -torch.inf).amax(-1)
-    return float((best_left - worst).clamp(min=0).max()) if len(ids) else 0.0
+    return float((best_left - worst).clamp(min=0).max())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moecc.artifact import Artifact
 from moecc.codegen.config import LayerShape
@@ -16,12 +15,12 @@ from moecc.errors import InputError, MoeccError
 from moecc.ir.core import Function, Module
 from moecc.ir.parser import parse_module
 from moecc.ir.types import DTYPE_BYTES
-from moecc.runtime.load import Kernels, best_device, free_bytes, load_kernels
+from moecc.runtime.load import Kernels, Weights, best_device, free_bytes, load_kernels
+from moecc.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FINAL_IR = "ir/05-lower.moe"
 # Root-mean-square error of the output relative to the reference that rounding alone explains: hidden rows,
 # partial sums and output are each rounded once to the dtype, and fp32 accumulates in another order.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-5}
@@ -32,7 +31,8 @@ SELECTION_TOLERANCE = 1e-4  # shortfall of a selected score, for two experts tha
 class RunResult:
     """What `moecc run` reports; errors are None without a check.
 
-    devices: ranks whose shares were computed, in turn, in this process. time_ms: one call, all ranks together.
+    devices: ranks whose shares were computed, in turn, in this process. launches: of all ranks together.
+    time_ms: one call on all ranks together, weights in place.
     """
 
     function: str
@@ -58,38 +58,48 @@ class RunResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
-    """What one run needs: kernels, random weights of all experts, and who holds which expert."""
+class Shared:
+    """Shared experts that run apart: every token selects all of them."""
+
+    kernels: Kernels
+    shape: LayerShape
+    weights: Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What one run needs: kernels, random weights of all experts, and the ranks that hold them (none: one device)."""
 
     function: Function
     shape: LayerShape
     kernels: Kernels
-    weights: Mapping[str, Tensor]
-    shared: tuple[Kernels, Mapping[str, Tensor], LayerShape] | None
-    slots_of: list[list[int]] | None
+    weights: Weights
+    shared: Shared | None
+    ranks: Ranks | None
 
 
 def run_artifact(artifact: Artifact, *, tokens: int, check: bool, seed: int = 0) -> RunResult:
     """Runs the first MoE layer, compiled for the phase that suits `tokens`, on random weights drawn from `seed`.
 
-    With several devices every rank's share is computed in turn in this process under the artifact's placement,
-    and summed. Raises InputError for a bad artifact or token count, MoeccError where memory does not suffice.
+    With several devices every rank's share is computed in turn in this process under the artifact's placement: it
+    gets the tokens that selected its experts, replicas take turns, and the sums are added. Token chunks of the
+    schedule are not run apart. Raises InputError for a bad artifact or token count, MoeccError where memory does not
+    suffice.
     """
     import torch
 
     if tokens < 1:
         raise InputError(f"--tokens {tokens} is not positive", hint="run at least one token")
-    module = parse_module(artifact.read(FINAL_IR), FINAL_IR)
     device, backend = best_device()
     generator = torch.Generator().manual_seed(seed)
-    layer = _load_layer(artifact, module, tokens, device, generator)
+    layer = _load_layer(artifact, tokens, device, generator)
     dtype = getattr(torch, layer.shape.dtype)
     x = torch.randn(tokens, layer.shape.hidden, generator=generator).to(dtype).to(device)
     if device == "cuda":
         _forward(layer, x)
         torch.cuda.synchronize()
     start = time.perf_counter()
-    ids, topk_weights, out = _forward(layer, x)
+    done = _forward(layer, x)
     if device == "cuda":
         torch.cuda.synchronize()
     result = RunResult(
@@ -97,60 +107,66 @@ def run_artifact(artifact: Artifact, *, tokens: int, check: bool, seed: int = 0)
         tokens=tokens,
         device=device,
         backend=backend,
-        launches=len(layer.kernels.launches(tokens)),
-        devices=len(layer.slots_of or [0]),
+        launches=done.launches,
+        devices=layer.ranks.devices if layer.ranks else 1,
         time_ms=(time.perf_counter() - start) * 1e3,
     )
-    return _checked(result, layer, x, ids, topk_weights, out) if check else result
+    return _checked(result, layer, x, done) if check else result
 
 
-def _load_layer(artifact: Artifact, module: Module, tokens: int, device: str, generator: Any) -> _Layer:
+def _load_layer(artifact: Artifact, tokens: int, device: str, generator: Any) -> Layer:
+    final = max(name for name in artifact.manifest["files"] if name.startswith("ir/"))
+    module = parse_module(artifact.read(final), final)
     sets = kernel_sets(module)
     function, kernels = _function_for(module, sets, tokens)
     apart = kernel_set(sets, function, "_shared")
-    needed = sum(_weight_bytes(s.shape) for s in (kernels, apart) if s)
-    free = free_bytes(device)
-    if needed * 2 > free:
-        raise MoeccError(
-            f"the layer's weights need {needed * 2 / 1e9:.1f} GB with their working copy, {free / 1e9:.1f} GB are free",
-            where=str(artifact.folder),
-            hint="run on a machine with more memory, or compile a smaller model",
-        )
+    distributed = kernels.entry == "distributed"
+    _require_memory(artifact, [kernels.shape, *([apart.shape] if apart else [])], distributed, device)
+    weights = random_weights(kernels.shape, generator, device)
     shared = None
     if apart:
-        shared_kernels = load_kernels(artifact, apart, device)
-        shared = (shared_kernels, random_weights(apart.shape, generator, device), apart.shape)
-    placement = module.attributes.get("placement")
-    slots_of = None
-    if placement and kernels.entry == "distributed":
-        rows = np.asarray(placement["physical_to_logical_map"][0])
-        slots_of = rows.reshape(placement["devices"], -1).tolist()
-    return _Layer(
+        shared_weights = random_weights(apart.shape, generator, device)
+        shared = Shared(
+            kernels=load_kernels(artifact, apart, device), shape=apart.shape, weights=shared_weights
+        )
+    return Layer(
         function=function,
         shape=kernels.shape,
         kernels=load_kernels(artifact, kernels, device),
-        weights=random_weights(kernels.shape, generator, device),
+        weights=weights,
         shared=shared,
-        slots_of=slots_of,
+        ranks=Ranks.of(module.attributes["placement"], weights) if distributed else None,
     )
 
 
-def _function_for(module: Module, sets: list[KernelSet], tokens: int) -> tuple[Function, KernelSet]:
+def _function_for(module: Module, sets: Sequence[KernelSet], tokens: int) -> tuple[Function, KernelSet]:
     """The MoE function of the smallest phase that holds `tokens`, else of the largest."""
     pairs = [(f, s) for f in module.functions if (s := kernel_set(sets, f)) is not None]
     if not pairs:
-        raise InputError(
-            "the artifact has no kernels", where=FINAL_IR, hint="compile a model with MoE layers"
-        )
+        where, hint = f"module @{module.name}", "compile a model with MoE layers"
+        raise InputError("the artifact has no kernels", where=where, hint=hint)
     sized = sorted(pairs, key=lambda pair: int(pair[0].attributes["tokens"]))
     return next((p for p in sized if p[0].attributes["tokens"] >= tokens), sized[-1])
 
 
+def _require_memory(artifact: Artifact, shapes: Sequence[LayerShape], distributed: bool, device: str) -> None:
+    """Weights once, and once more as the copies of the ranks."""
+    copies = 2 if distributed else 1
+    needed, free = copies * sum(map(_weight_bytes, shapes)), free_bytes(device)
+    if needed > 0.9 * free:
+        raise MoeccError(
+            f"the layer's weights need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            where=str(artifact.folder),
+            hint="run on a machine with more memory, or compile a smaller model",
+        )
+
+
 def _weight_bytes(shape: LayerShape) -> int:
-    return (shape.experts + shape.shared) * 3 * shape.hidden * shape.intermediate * DTYPE_BYTES[shape.dtype]
+    experts = shape.experts + shape.shared
+    return experts * 3 * shape.hidden * shape.intermediate * DTYPE_BYTES[shape.dtype]
 
 
-def random_weights(shape: LayerShape, generator: Any, device: str) -> dict[str, Tensor]:
+def random_weights(shape: LayerShape, generator: Any, device: str) -> Weights:
     """Weights of all experts, normal with variance 1 / inputs; biases normal with deviation 0.1."""
     import torch
 
@@ -178,63 +194,61 @@ def random_weights(shape: LayerShape, generator: Any, device: str) -> dict[str, 
     return weights
 
 
-def _forward(layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, weights, output): routed at home, computed by the rank that holds each expert, summed at home."""
-    import torch
+class Done(NamedTuple):
+    """What one call made: ids [tokens, top_k + shared], their weights, the output, and the launches it took."""
 
+    ids: Tensor
+    topk_weights: Tensor
+    out: Tensor
+    launches: int
+
+
+def _forward(layer: Layer, x: Tensor) -> Done:
     ids, topk_weights = layer.kernels.route(x, layer.weights)
-    if layer.slots_of is None:
-        return ids, topk_weights, layer.kernels.forward(x, layer.weights)
-    total = torch.zeros(x.shape, device=x.device)
-    computed = np.zeros(layer.shape.experts, bool)
-    for held in layer.slots_of:
-        local = torch.full((layer.shape.experts,), -1, dtype=torch.int32, device=x.device)
-        for slot, expert in enumerate(held):
-            if not computed[expert]:
-                local[expert] = slot
-                computed[expert] = True
-        own = {
-            name: tensor[held] if name in ("gate_up", "down", "gate_up_bias", "down_bias") else tensor
-            for name, tensor in layer.weights.items()
-        }
-        total += layer.kernels.experts(x, local[ids.long()], topk_weights, own).float()
-    return ids, topk_weights, (total + _shared_sum(layer, x)).to(x.dtype)
-
-
-def _shared_sum(layer: _Layer, x: Tensor) -> Tensor:
+    if layer.ranks is None:
+        out = layer.kernels.forward(x, layer.weights)
+        return Done(ids, topk_weights, out, len(layer.kernels.launches(len(x))))
     import torch
 
-    if layer.shared is None:
-        return torch.zeros((), device=x.device)
-    kernels, weights, shape = layer.shared
-    ids = torch.arange(shape.experts, dtype=torch.int32, device=x.device).expand(len(x), -1)
-    return kernels.experts(x, ids, torch.ones(ids.shape, device=x.device), weights).float()
+    total, launches = torch.zeros(x.shape, device=x.device), 1
+    for share in layer.ranks.shares(ids):
+        if len(share.tokens):
+            rows = layer.kernels.experts(
+                x[share.tokens], share.local_ids, topk_weights[share.tokens], share.weights
+            )
+            total.index_add_(0, share.tokens, rows.float())
+            launches += len(layer.kernels.launches(len(share.tokens)))
+    if layer.shared is not None:
+        shared = layer.shared
+        everyone = torch.arange(shared.shape.experts, dtype=torch.int32, device=x.device).repeat(len(x), 1)
+        ones = torch.ones(everyone.shape, device=x.device)
+        total += shared.kernels.experts(x, everyone, ones, shared.weights).float()
+        launches += len(shared.kernels.launches(len(x)))
+    return Done(ids, topk_weights, total.to(x.dtype), launches)
 
 
-def _checked(
-    result: RunResult, layer: _Layer, x: Tensor, ids: Tensor, topk_weights: Tensor, out: Tensor
-) -> RunResult:
+def _checked(result: RunResult, layer: Layer, x: Tensor, done: Done) -> RunResult:
     """The routing is judged by its scores, the output against the reference for that very routing."""
     from moecc.runtime import reference
 
     shape, weights = layer.shape, layer.weights
     selection = reference.select(shape.router, reference.logits(x, weights), weights.get("correction_bias"))
-    routed = ids[:, : shape.top_k]
-    exact = reference.routing_weights(shape.router, selection, routed)
-    all_weights = topk_weights.double().clone()
-    weight_error = float((all_weights[:, : shape.top_k] - exact).abs().max())
-    all_weights[:, : shape.top_k] = exact
-    expected = reference.experts(x, ids, all_weights, weights, shape.activation)
+    selection_error = reference.selection_error(shape, selection, done.ids)
+    result = replace(result, selection_error=selection_error, tolerance=TOLERANCE[shape.dtype])
+    if selection_error > SELECTION_TOLERANCE:
+        return replace(result, relative_error=math.inf, max_abs_error=math.inf)
+    exact = done.topk_weights.double()
+    exact[:, : shape.top_k] = reference.routing_weights(shape.router, selection, done.ids[:, : shape.top_k])
+    weight_error = float((exact - done.topk_weights).abs().max())
+    expected = reference.experts(x, done.ids, exact, weights, shape.activation)
     if layer.shared is not None:
-        _, shared_weights, shared_shape = layer.shared
-        everyone = ids.new_tensor(range(shared_shape.experts)).expand(len(x), -1)
-        ones = everyone.double() * 0 + 1
-        expected += reference.experts(x, everyone, ones, shared_weights, shared_shape.activation)
-    difference = out.double() - expected
+        everyone = done.ids.new_tensor(range(layer.shared.shape.experts)).repeat(len(x), 1)
+        ones = everyone.double().fill_(1.0)
+        expected += reference.experts(x, everyone, ones, layer.shared.weights, layer.shared.shape.activation)
+    difference = done.out.double() - expected
     return replace(
         result,
         relative_error=float(difference.norm() / expected.norm()),
         max_abs_error=float(difference.abs().max()),
-        selection_error=max(reference.selection_error(shape, selection, ids), weight_error),
-        tolerance=TOLERANCE[shape.dtype],
+        selection_error=max(selection_error, weight_error),
     )

@@ -13,14 +13,14 @@ from moecc.errors import InputError
 class Task:
     """One kernel or transfer: runs on `stream` for `duration_us` once all tasks named in `after` have ended.
 
-    chunk: which share of the tokens it works on, from 0.
+    chunk: which share of the tokens it works on, from 0; None: on all of them.
     """
 
     name: str
     stream: str
     duration_us: float
     after: tuple[str, ...] = ()
-    chunk: int = 0
+    chunk: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import pairwise
 
 from moecc.errors import MoeccError
@@ -137,14 +137,24 @@ def _interchangeable(problem: ScheduleProblem) -> list[tuple[str, str]]:
     """
     chunks: dict[int, list[Task]] = {}
     for task in problem.tasks:
-        chunks.setdefault(task.chunk, []).append(task)
-    shapes = []
-    for tasks in chunks.values():
-        place = {task.name: number for number, task in enumerate(tasks)}
-        if any(name not in place for task in tasks for name in task.after):
-            return []
-        shapes.append([(t.stream, t.duration_us, sorted(place[name] for name in t.after)) for t in tasks])
-    if any(shape != shapes[0] for shape in shapes):
+        if task.chunk is not None:
+            chunks.setdefault(task.chunk, []).append(task)
+    whole = [task for task in problem.tasks if task.chunk is None]
+    if len(chunks) < 2 or len({_role(tasks, whole) for tasks in chunks.values()}) > 1:
         return []
     firsts = [chunks[number][0].name for number in sorted(chunks)]
     return list(pairwise(firsts))
+
+
+def _role(tasks: Sequence[Task], whole: Sequence[Task]) -> Hashable:
+    """What one chunk's tasks are to the problem, whatever the chunk is called; unlike any other's if they wait for
+    another chunk."""
+    places: dict[str, Hashable] = {task.name: task.name for task in whole}
+    places |= {task.name: number for number, task in enumerate(tasks)}
+
+    def before(task: Task) -> Hashable:
+        return frozenset(places.get(name, name) for name in task.after)
+
+    inside = tuple((task.stream, task.duration_us, before(task)) for task in tasks)
+    names = {task.name for task in tasks}
+    return inside, tuple(frozenset(places[name] for name in task.after if name in names) for task in whole)

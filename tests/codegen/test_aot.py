@@ -224,3 +224,13 @@ def test_the_main_loop_is_the_one_that_multiplies():
 """
     assert count_loop_instructions(listing) == 5
     assert count_loop_instructions("        /*0000*/ HMMA R1, R2 ;\n        /*0010*/ EXIT ;\n") == 0
+
+
+def test_a_clamp_keeps_nan_on_the_gpu():
+    """PTX's plain min and max drop NaN; the interpreter's keep it. gpt-oss must not turn NaN into its limit."""
+    shape = replace(MODELS["gpt-oss-120b"], tokens=DECODE)
+    job = Job(shape=shape, configs=default_configs(shape, "sm_90"), target="sm_90", kernels=("gate_up",))
+    [[kernel]] = compile_batch([job])
+    assert "min.NaN.f32" in kernel.assembly
+    assert "max.NaN.f32" in kernel.assembly
+    assert not re.search(r"\b(min|max)\.f32", kernel.assembly)

@@ -37,6 +37,8 @@ IN_LINE = {
     "%a = tensor.split(x = %x) {chunks = true} : tokens<T x 16 x float32>": "3:10: tensor.split: attribute 'chunks' must be int, not bool",
     "%a = tensor.split(x = %x) : tokens<T x 16 x float32>": "3:10: tensor.split: attribute 'chunks' is missing",
     "%a = tensor.split(x = %x) {chunk = 2} : tokens<T x 16 x float32>": "3:10: tensor.split: unknown attribute 'chunk'; hint: attributes are chunks",
+    "%a = tensor.split(x = %x) {chunks = 2, chunks = 3} : tokens<T x 16 x float32>": "3:44: 'chunks' is given twice; hint: remove one",
+    "%a = moe.gate(x = %x, x = %x, weight = %g)": "3:27: 'x' is given twice; hint: remove one of them",
     "%a = moe.residual(parts = []) : tokens<T x 16 x float32>": "3:10: moe.residual: needs at least one part",
     "%a = moe.gate(x = %x, weight = %g) ? tensor": "3:40: unexpected character '?'; hint: see docs/ir.md",
     "%a = moe.gate(x %x)": "3:21: expected '=', found '%x'; hint: see docs/ir.md",

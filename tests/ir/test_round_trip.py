@@ -23,7 +23,7 @@ ATTENTION = {
     "kv_bytes_per_token": 4,
     "context": 5,
 }
-EXCHANGE = {"devices": 4, "slots": 2, "fan_out": 1.75, "node_fan_out": 1.0}
+EXCHANGE = {"devices": 4, "slots": 2, "fan_out": 1.75, "remote_devices": 1.3, "remote_nodes": 0.0, "tasks": ["a.0"]}
 EXPERTS = {"gate_up": "weights<8 x 12 x 16 x float16>", "down": "weights<8 x 16 x 6 x float16>"}
 BIASES = {"gate_up_bias": "weights<8 x 12 x float16>", "down_bias": "weights<8 x 16 x float16>"}
 X, ROUTING, PLAN = "tokens<T x 16 x float16>", "routing<T x 3 of 8>", "plan<3*T of 8>"
@@ -84,13 +84,19 @@ def test_every_op_has_a_case() -> None:
     assert set(CASES) == set(ops.OPS)
 
 
+@pytest.mark.parametrize("bare", [False, True], ids=["full", "bare"])
 @pytest.mark.parametrize("kind", ops.OPS, ids=lambda kind: kind.mnemonic)
-def test_round_trip(kind: type[Op]) -> None:
+def test_round_trip(kind: type[Op], bare: bool) -> None:
     module = _module(kind)
+    if bare:
+        module.attributes, module.functions[0].attributes, module.functions[0].location = {}, {}, None
     verify(module)
     text = print_module(module)
     parsed = parse_module(text)
     verify(parsed)
+    if bare:
+        assert parsed.functions[0].location == Location("<text>", 2, 3)
+        parsed.functions[0].location = None
     assert print_module(parsed) == text
     op, again = module.functions[0].ops[0], parsed.functions[0].ops[0]
     assert again.attributes == op.attributes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -23,7 +24,7 @@ from moecc.frontend.spec import (
 from moecc.frontend.to_ir import import_model
 from moecc.frontend.workloads import workloads
 from moecc.ir.core import Function, Module
-from moecc.ir.ops import Launch
+from moecc.ir.ops import AllToAll, Attention, Launch
 from moecc.passes.manager import Context, run_passes
 from moecc.passes.pipeline import PIPELINE
 
@@ -44,9 +45,11 @@ def _lowered(preset: str, devices: int, decode: int) -> Module:
 
 
 def _launched(function: Function, suffix: str) -> list[str]:
-    """Kernels of one set in order, the exchange's launches of later chunks left out."""
-    names = [op.kernel for op in function.every(Launch) if op.suffix == suffix]
-    return list(dict.fromkeys(names))
+    """Kernels of one token chunk of a set, in order; every chunk launches the same."""
+    counts = Counter(op.kernel for op in function.every(Launch) if op.suffix == suffix)
+    chunks = 1 if suffix else function.attributes["schedule"]["split"]["chunks"]
+    assert set(counts.values()) == {chunks}
+    return list(counts)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -73,3 +76,15 @@ def _expected(kernels: KernelSet, target: str) -> list[str]:
     start = {"forward": [first], "distributed": ["router", "plan"], "experts": ["plan"]}[kernels.entry]
     fused = "combine" not in rest
     return start + ["down_combine" if name == "down" and fused else name for name in rest]
+
+
+@pytest.mark.parametrize(("preset", "devices", "decode"), [("olmoe-1b-7b", 1, 16), ("deepseek-v3", 8, 128)])
+def test_every_task_of_the_schedule_has_its_ops(preset: str, devices: int, decode: int) -> None:
+    """What schedule.json orders can be found among the launches, and nothing is launched outside it."""
+    for function in _lowered(preset, devices, decode).functions:
+        scheduled = {task["name"] for task in function.attributes["schedule"]["tasks"]}
+        carried = [set(op.tasks) for op in function.ops]
+        assert set().union(*carried) == scheduled
+        for op in function.ops:
+            if isinstance(op, (Launch, AllToAll, Attention)):
+                assert op.tasks, f"{function.name}: {op.mnemonic} belongs to no task"

@@ -67,6 +67,44 @@ def tiles_max(tokens: int, top_k: int, experts: int, block_m: int) -> int:
     return min(occupied + (rows - occupied) // block_m, occupied * -(-tokens // block_m))
 
 
+def tiles_of(tokens: int, slots: int, experts: int, shared: int, config: Config) -> int:
+    """Row tiles to launch; the last `shared` experts are chosen by every token and need no worst case."""
+    block_m = config["gate_up"]["BLOCK_M"]
+    certain = shared * -(-tokens // block_m)
+    return int(certain + tiles_max(tokens, slots - shared, experts - shared, block_m))
+
+
+def counters_of(blocks: int, hidden: int, config: Config) -> int:
+    """One for the plan and one a token block, or, later, one a column block of the down kernel."""
+    return int(max(1 + blocks, -(-hidden // config["down"]["BLOCK_N"])))
+
+
+def call_bytes(
+    layer: Layer,
+    config: Config,
+    *,
+    tokens: int,
+    experts: int,
+    shared: int,
+    routed_here: bool,
+    element_bytes: int,
+) -> int:
+    """Device memory in bytes that one call on `tokens` tokens allocates besides its output.
+
+    experts: those whose weights are given, the `shared` ones among them. routed_here: the call routes; else ids and
+    weights are the caller's.
+    """
+    slots = layer.slots
+    blocks, parts = -(-tokens // config["router"]["BLOCK_T"]), config["router"]["SPLIT_H"]
+    words = (4 if routed_here else 2) * tokens * slots + (blocks + 1) * experts + 2
+    words += 2 * max(tiles_of(tokens, slots, experts, shared, config), 1) + counters_of(
+        blocks, layer.hidden, config
+    )
+    words += parts * tokens * layer.experts if routed_here and parts > 1 else 0
+    rows = tokens * min(slots, experts) * layer.intermediate + tokens * slots * layer.hidden
+    return 4 * words + rows * element_bytes
+
+
 def kernel_sequence(config: Config, tokens: int) -> tuple[str, ...]:
     """The kernels of one forward call, in order. External routing launches `plan` in place of `router`."""
     scatter = ("scatter",) if tokens > ONE_LAUNCH_TOKENS else ()
@@ -240,6 +278,7 @@ def build_plan(
     tl.store(expert_offsets_ptr + 1 + expert, row_ends, is_expert)
 
     first_row = row_ends - rows
+    tl.debug_barrier()  # the counts that other threads still read above are overwritten below
     for start in range(0, num_blocks, PLAN_BLOCKS):
         block = start + step
         mask = (block < num_blocks)[:, None] & is_expert[None, :]
@@ -503,7 +542,7 @@ def take_top_k(
 ):
     """TOP_K rounds of argmax: columns and values of the selected, [BLOCK_T, SLOT_BLOCK] each.
 
-    Every key is above -inf or not selectable, and more than TOP_K are selectable: the columns are distinct.
+    Every key is above -inf or not selectable, and at least TOP_K are selectable: the columns are distinct.
     """
     column = tl.arange(0, COLUMNS)[None, :]
     j = tl.arange(0, SLOT_BLOCK)[None, :]
@@ -595,8 +634,10 @@ def route_tokens(
         expert = column // GROUP_PAD * GROUP_SIZE + column % GROUP_PAD
         bias = tl.load(correction_bias_ptr + expert, is_expert, other=0.0)
         keys += widen(bias, BACKEND)[None, :]
-    # The floor keeps -inf for what cannot be selected, so that ids stay distinct even where a logit is NaN.
-    keys = tl.where(is_expert[None, :], tl.maximum(keys, -3.0e38), float("-inf"))
+    # The floor keeps -inf for what cannot be selected, so that ids stay distinct even where a logit is NaN: it ranks
+    # last, on a GPU as in the interpreter.
+    keys = tl.where(keys > -3.0e38, keys, -3.0e38)
+    keys = tl.where(is_expert[None, :], keys, float("-inf"))
     if GROUPS > 1 and not SELECT_FIRST:
         keys = drop_weak_groups(keys, BLOCK_T, GROUPS, GROUP_BLOCK, GROUP_PAD, TOP_GROUPS, GROUP_SCORE)
     columns, weights = take_top_k(keys, scores, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
@@ -761,8 +802,10 @@ def activate(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
     else:
         tl.static_assert(ACTIVATION == "clamped_swiglu")
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        # A GPU's plain minimum would turn a NaN into the limit.
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         return (up + 1.0) * gate * tl.sigmoid(ALPHA * gate)
 
 
@@ -1116,8 +1159,12 @@ class Launcher:
                 f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} must both be "
                 f"[{len(rows)}, k]"
             )
-        if not len(rows):
-            return torch.empty_like(x)
+        if topk_ids.is_floating_point() or topk_ids.device != rows.device:
+            raise ValueError(
+                f"topk_ids are {topk_ids.dtype} on {topk_ids.device}, not integers on {rows.device}"
+            )
+        if not topk_ids.numel():
+            return torch.zeros_like(x) if residual is None else residual.clone()
         if "gate_up" not in weights:
             raise ValueError("weights lack 'gate_up'")
         experts = len(weights["gate_up"])
@@ -1133,15 +1180,16 @@ class Launcher:
 
     def workspace_bytes(self, tokens: int, target: str) -> int:
         """Device memory in bytes that `forward` allocates besides its output."""
-        layer, config = self.layer, self.configs[target]
-        blocks = triton.cdiv(tokens, config["router"]["BLOCK_T"])
-        parts = config["router"]["SPLIT_H"]
-        words = 4 * tokens * layer.slots + (blocks + 1) * layer.total_experts + 2
-        words += 2 * _tiles(tokens, layer.slots, layer.total_experts, layer.shared, config)
-        words += self._counters(blocks, config)
-        words += parts * tokens * layer.experts if parts > 1 else 0
-        rows = tokens * layer.slots * (layer.intermediate + layer.hidden)
-        return int(4 * words + rows * getattr(torch, layer.dtype).itemsize)
+        layer = self.layer
+        return call_bytes(
+            layer,
+            self.configs[target],
+            tokens=tokens,
+            experts=layer.total_experts,
+            shared=layer.shared,
+            routed_here=True,
+            element_bytes=getattr(torch, layer.dtype).itemsize,
+        )
 
     def _route(self, rows: torch.Tensor, weights: Weights, logits: torch.Tensor | None) -> Plan:
         layer, tokens = self.layer, len(rows)
@@ -1191,7 +1239,7 @@ class Launcher:
             residual = residual.reshape(-1, hidden).contiguous()
             _expect("residual", residual, (tokens, hidden))
         constants = self._constants(plan, experts, has_residual=residual is not None)
-        h = rows.new_empty((tokens * slots, inner))
+        h = rows.new_empty((tokens * min(slots, experts), inner))
         partial = rows.new_empty((tokens * slots, hidden))
         out = torch.empty_like(rows)
         tiles, tail = len(plan.tile_expert), (rows if residual is None else residual, out)
@@ -1211,16 +1259,12 @@ class Launcher:
         tokens, slots = ids.shape
         config = self.configs[self._target(ids.device)]
         blocks = triton.cdiv(tokens, config["router"]["BLOCK_T"])
-        tiles = _tiles(tokens, slots, experts, shared, config)
+        tiles = max(tiles_of(tokens, slots, experts, shared, config), 1)
         sizes = (tokens * slots, blocks * experts, experts + 1, tiles, tiles, 1, tokens * slots)
         arrays = [torch.empty(size, dtype=torch.int32, device=ids.device) for size in sizes]
         arrays[1] = arrays[1].view(blocks, experts)
-        counters = self._zero_counters(ids.device, self._counters(blocks, config))
+        counters = self._zero_counters(ids.device, counters_of(blocks, self.layer.hidden, config))
         return Plan._make((ids, topk_weights, *arrays, counters))
-
-    def _counters(self, blocks: int, config: Config) -> int:
-        """One for the plan and one a token block, or, later, one a column block of the down kernel."""
-        return int(max(1 + blocks, triton.cdiv(self.layer.hidden, config["down"]["BLOCK_N"])))
 
     def _zero_counters(self, device: torch.device, count: int) -> torch.Tensor:
         """Counters that are zero now; kernels leave them so, and launches on one stream share them."""
@@ -1272,14 +1316,6 @@ def _backend(target: str) -> str:
     if target == "interpret":
         return target
     return "hip" if target.startswith("gfx") else "cuda"
-
-
-def _tiles(tokens: int, slots: int, experts: int, shared: int, config: Config) -> int:
-    """Row tiles to launch; the shared experts, which see every token, need no worst case."""
-    block_m = config["gate_up"]["BLOCK_M"]
-    return int(
-        shared * triton.cdiv(tokens, block_m) + tiles_max(tokens, slots - shared, experts - shared, block_m)
-    )
 
 
 def _tensor(

@@ -1,0 +1,59 @@
+"""The judge itself: it follows transformers' definition of a router, and cannot be deceived by a broken one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from moecc.codegen.config import LayerShape
+from moecc.ir.semantics import Router
+from moecc.runtime import reference
+from moecc.runtime.ranks import Ranks
+
+SHAPE = LayerShape(
+    tokens=3, hidden=4, intermediate=4, experts=6, top_k=2, shared=1, router=Router(normalize=True)
+)
+SCORES = torch.tensor([[0.1, 0.9, 0.3, 0.8, 0.2, 0.0]]).double().repeat(3, 1)
+
+
+def _error(ids: list[int]) -> float:
+    selection = reference.Selection(SCORES, SCORES)
+    return reference.selection_error(SHAPE, selection, torch.tensor([[1, 3, 6], ids, [3, 1, 6]]))
+
+
+def test_a_right_selection_has_no_error() -> None:
+    assert _error([1, 3, 6]) == 0.0
+
+
+def test_a_worse_expert_costs_its_shortfall() -> None:
+    assert math.isclose(_error([1, 2, 6]), 0.8 - 0.3)
+
+
+def test_what_is_no_selection_is_infinitely_wrong() -> None:
+    assert _error([1, 1, 6]) == math.inf
+    assert _error([1, 6, 6]) == math.inf
+    assert _error([-1, 3, 6]) == math.inf
+    assert _error([1, 3, 5]) == math.inf
+
+
+def test_every_assignment_reaches_one_rank() -> None:
+    """Experts with replicas are computed once for every token, by turns."""
+    slots = [[0, 1, 2], [2, 3, 4], [4, 5, 0]]
+    weights = {"gate_up": torch.arange(6).double(), "gate": torch.zeros(6, 4)}
+    ranks = Ranks.of(
+        {"physical_to_logical_map": [[e for held in slots for e in held]], "devices": 3}, weights
+    )
+    ids = torch.tensor([[0, 3], [4, 2], [5, 1], [2, 0], [5, 4]])
+    seen = torch.full(ids.shape, -1.0).double()
+    used = set()
+    for device, share in enumerate(ranks.shares(ids)):
+        assert share.weights["gate_up"].tolist() == slots[device]
+        for token, row in zip(share.tokens.tolist(), share.local_ids.tolist(), strict=True):
+            for column, slot in enumerate(row):
+                if slot >= 0:
+                    assert seen[token, column] == -1
+                    seen[token, column] = share.weights["gate_up"][slot]
+                    used.add((device, slots[device][slot]))
+    assert torch.equal(seen, ids.double())
+    assert {(0, 0), (2, 0)} <= used, "both replicas of expert 0 take part"
