@@ -14,16 +14,19 @@ ROUNDS = 3
 
 
 def search_home(work: Work) -> None:
-    """Tabu search on every layer: from where it stands, from experts gathered by co-occurrence, from a shaken best."""
+    """Tabu search on every layer: from experts gathered by co-occurrence, from where it stands, from a shaken best."""
     total = ROUNDS * len(work.layers)
     costs = [np.inf] * len(work.layers)
+    balanced = [layer.device_of for layer in work.layers]
     for step in range(total):
         round_, index = divmod(step, len(work.layers))
+        if work.clock.passed(np.inf):
+            return
         layer = work.layers[index]
         rows = home_rows(work.problem, index, layer.experts)
         rng = work.rng(index, 1 + round_)
-        begin = layer.device_of
-        if round_ == 1:
+        begin = balanced[index]
+        if round_ == 0:
             begin = gathered_start(rows.ids, rows.weight, layer.experts, work.problem.devices)
         elif round_ == 2:
             begin = shaken(layer, rng)

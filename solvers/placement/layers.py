@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints, LayerLoads, layer_loads
 from moecc.solvers.placement.bounds import lower_bound
@@ -33,7 +34,9 @@ class Work:
     """A solve in progress. caps: [layers], the imbalance each layer may have.
 
     bounds: proven lower bounds of the layers' objective, where one is known. proven: the whole objective's lower
-    bound, where a method that couples layers found it. exact_layers: how many layers CP-SAT was run on.
+    bound, where a method that couples layers found it. kept: [layers, experts, devices], what devices hold already,
+    if few may move. exact_layers: how many layers CP-SAT was run on.
+    numbers: the layers' own numbers, where these are some of a problem's.
     """
 
     problem: PlacementProblem
@@ -45,10 +48,13 @@ class Work:
     proven: float | None = None
     proven_infeasible: bool = False
     exact_layers: int = 0
+    kept: NDArray[np.bool_] | None = None
     notes: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
-    def rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.problem.seed, *key])
+    def rng(self, layer: int, *key: int) -> np.random.Generator:
+        """The generator of a layer's phase: the same whichever other layers are at hand."""
+        return np.random.default_rng([self.problem.seed, self.numbers[layer], *key])
 
     @property
     def mean_imbalance(self) -> float:
@@ -64,7 +70,13 @@ def begin(problem: PlacementProblem, clock: Clock, tick: Callable[[int, int], No
         layers.append(LayerState(table=table, experts=experts, device_of=device_of))
     caps = np.full(problem.layers, np.inf)
     return Work(
-        problem=problem, clock=clock, layers=layers, caps=caps, tick=tick, bounds=[None] * problem.layers
+        problem=problem,
+        clock=clock,
+        layers=layers,
+        caps=caps,
+        tick=tick,
+        bounds=[None] * problem.layers,
+        numbers=list(range(problem.layers)),
     )
 
 
