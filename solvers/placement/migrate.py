@@ -13,7 +13,7 @@ from moecc.solvers.placement.traffic import MigrateRows, TrafficRows, home_rows,
 SWEEPS = 4
 
 
-class _Tokens:
+class Tokens:
     """The tokens of all workloads, and where they land in every layer as placed so far."""
 
     def __init__(self, work: Work) -> None:
@@ -23,12 +23,16 @@ class _Tokens:
             [self.rows(work, index, []).landing(_padded(work, index)) for index in range(len(work.layers))]
         )
 
-    def rows(self, work: Work, index: int, neighbours: list[int]) -> MigrateRows:
+    def rows(self, work: Work, index: int, neighbours: list[int], experts: Ints | None = None) -> MigrateRows:
+        """The layer's tokens between the landings of neighbours, with the units of `experts` or its own."""
         at = self.land[neighbours].T if neighbours else np.empty((len(self.ids), 0), np.int64)
-        layer = work.layers[index]
-        return MigrateRows(
-            self.ids[:, index].astype(np.int64), self.weight, layer.experts, work.problem.devices, at
-        )
+        ids = self.ids[:, index].astype(np.int64)
+        experts = work.layers[index].experts if experts is None else experts
+        return MigrateRows(ids, self.weight, experts, work.problem.devices, at)
+
+    def land_anew(self, work: Work, index: int) -> None:
+        """After the layer's experts moved."""
+        self.land[index] = self.rows(work, index, []).landing(_padded(work, index))
 
     def hops(self) -> float:
         """Landing changes per token, summed over transitions."""
@@ -37,7 +41,7 @@ class _Tokens:
 
 def search_migrate(work: Work) -> None:
     """First layer by layer forwards, then sweeps back and forth until one gains nothing."""
-    tokens, count = _Tokens(work), len(work.layers)
+    tokens, count = Tokens(work), len(work.layers)
     total = (SWEEPS + 1) * count
     if count == 1:
         return
@@ -58,7 +62,7 @@ def search_migrate(work: Work) -> None:
     work.tick(total, total)
 
 
-def _forward(work: Work, tokens: _Tokens, total: int) -> None:
+def _forward(work: Work, tokens: Tokens, total: int) -> None:
     """Layer 0 gathers experts that are chosen together; every later layer follows the landings of the one before."""
     saved, hops, better = [layer.device_of for layer in work.layers], tokens.hops(), False
     try:
@@ -77,11 +81,11 @@ def _forward(work: Work, tokens: _Tokens, total: int) -> None:
         if not better:
             for index, (layer, device_of) in enumerate(zip(work.layers, saved, strict=True)):
                 layer.device_of = device_of
-                tokens.land[index] = tokens.rows(work, index, []).landing(_padded(work, index))
+                tokens.land_anew(work, index)
 
 
 def _improve(
-    work: Work, tokens: _Tokens, rows: TrafficRows, index: int, begin: Ints, parts_left: int, sweep: int
+    work: Work, tokens: Tokens, rows: TrafficRows, index: int, begin: Ints, parts_left: int, sweep: int
 ) -> None:
     """Search one layer from `begin` and let its tokens land anew; nothing changes if the cap was never met."""
     found = reduce_traffic(
@@ -96,7 +100,7 @@ def _improve(
     )
     if found is not None:
         work.layers[index].device_of = found.device_of
-        tokens.land[index] = tokens.rows(work, index, []).landing(_padded(work, index))
+        tokens.land_anew(work, index)
 
 
 def _follow(layer: LayerState, ids: Ints, weight: Floats, land: Ints) -> Ints:
@@ -117,7 +121,7 @@ def _follow(layer: LayerState, ids: Ints, weight: Floats, land: Ints) -> Ints:
 
 def summed_hops(work: Work) -> float:
     """Landing changes per token as placed, summed over transitions."""
-    return _Tokens(work).hops()
+    return Tokens(work).hops()
 
 
 def _padded(work: Work, index: int) -> Ints:
