@@ -59,6 +59,7 @@ def compile_job(job: Job) -> list[CompiledKernel]:
             slots=layer.slots,
             experts=shape.held_experts,
             backend=target.backend,
+            sort=shape.slots is None,
         )
         return tables[name]
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from moecc.codegen.targets import Target
 from moecc.errors import InputError
-from moecc.ir.semantics import Activation, Router
+from moecc.ir.semantics import Activation, Router, why_impossible
 
 DType = Literal["bfloat16", "float16", "float32"]
 DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -206,18 +206,12 @@ def _next_power_of_2(value: int) -> int:
 
 
 def _why_impossible(shape: LayerShape) -> str | None:
-    router = shape.router
     sizes = {name: getattr(shape, name) for name in ("tokens", "hidden", "intermediate", "experts", "top_k")}
     for name, value in sizes.items():
         if value < 1:
             return f"{name} {value} is not positive"
     if shape.dtype not in DTYPE_BYTES:
         return f"dtype {shape.dtype!r} is none of {', '.join(DTYPE_BYTES)}"
-    if shape.experts % router.groups:
-        return f"{shape.experts} experts do not divide into {router.groups} groups"
-    if not 1 <= router.top_groups <= router.groups:
-        return f"top_groups {router.top_groups} is not in [1, {router.groups}]"
-    selectable = shape.experts // router.groups * router.top_groups
-    if shape.top_k > selectable:
-        return f"top_k {shape.top_k} is larger than the {selectable} experts that can be selected"
+    if problem := why_impossible(shape.router, shape.experts, shape.top_k):
+        return problem[0]
     return None

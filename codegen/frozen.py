@@ -109,55 +109,38 @@ def kernel_constants(
     backend: str,
     has_logits: bool = False,
     has_residual: bool = False,
+    sort: bool = True,
 ) -> dict[str, Constants]:
     """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token.
 
-    backend: cuda, hip or interpret.
+    backend: cuda, hip or interpret. sort: the router plans the tiles too.
     """
     common = {"HIDDEN": layer.hidden, "BACKEND": backend}
+    sizes = {"NUM_EXPERTS": experts, "TOP_K": slots}
+    sorting = {"BLOCK_T": config["router"]["BLOCK_T"], "SCATTER_BLOCK": SCATTER_BLOCK}
+    planning = {"BLOCK_M": config["gate_up"]["BLOCK_M"], "SCATTER": tokens <= ONE_LAUNCH_TOKENS, **sorting}
+    router = _router_constants(layer, config["router"], has_logits) | {"SORT": sort}
     gemm = {
         **common,
         "INTERMEDIATE": layer.intermediate,
         "TOP_K": slots,
         "HAS_EXPERT_BIAS": layer.has_expert_bias,
     }
-    combine = {"TOP_K": slots, "NUM_EXPERTS": experts, "HAS_RESIDUAL": has_residual}
-    sorting = {"BLOCK_T": config["router"]["BLOCK_T"], "SCATTER_BLOCK": SCATTER_BLOCK}
-    planning = {"BLOCK_M": config["gate_up"]["BLOCK_M"], "SCATTER": tokens <= ONE_LAUNCH_TOKENS}
-    split = 1 if has_logits else config["router"]["SPLIT_H"]
+    fused = tokens <= config["combine"]["FUSED_TOKENS"]
+    combining = {"FUSE_COMBINE": fused, "COMBINE_T": FUSED_BLOCK_T, "HAS_RESIDUAL": has_residual}
+    combine = {name: value for name, value in config["combine"].items() if name != "FUSED_TOKENS"}
     return {
-        "router": {
-            **common,
-            "NUM_EXPERTS": layer.experts,
-            "NUM_SHARED": layer.shared,
-            "TOP_K": layer.top_k,
-            "HAS_LOGITS": has_logits,
-            **layer.router,
-            **config["router"],
-            **planning,
-            **sorting,
-            "SPLIT_H": split,
-        },
-        "plan": {
-            "NUM_EXPERTS": experts,
-            "TOP_K": slots,
-            **planning,
-            **sorting,
-            "BACKEND": backend,
-            "num_warps": config["router"]["num_warps"],
-        },
-        "scatter": {"NUM_EXPERTS": experts, "TOP_K": slots, **sorting},
+        "router": {**common, **router, **planning},
+        "plan": {**sizes, **planning, "BACKEND": backend, "num_warps": config["router"]["num_warps"]},
+        "scatter": {**sizes, **sorting},
         "gate_up": {**gemm, **layer.activation, **config["gate_up"]},
-        "down": {
-            **gemm,
-            **combine,
-            "FUSE_COMBINE": tokens <= config["combine"]["FUSED_TOKENS"],
-            "COMBINE_T": FUSED_BLOCK_T,
-            **config["down"],
-        },
-        "combine": {
-            **common,
-            **combine,
-            **{name: value for name, value in config["combine"].items() if name != "FUSED_TOKENS"},
-        },
+        "down": {**gemm, **sizes, **combining, **config["down"]},
+        "combine": {**common, **sizes, "HAS_RESIDUAL": has_residual, **combine},
     }
+
+
+def _router_constants(layer: Layer, config: Mapping[str, int], has_logits: bool) -> Constants:
+    """Logits that are given need no gate GEMM to split."""
+    sizes = {"NUM_EXPERTS": layer.experts, "NUM_SHARED": layer.shared, "TOP_K": layer.top_k}
+    split = {"SPLIT_H": 1} if has_logits else {}
+    return {**sizes, "HAS_LOGITS": has_logits, **layer.router, **config, **split}

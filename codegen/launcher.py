@@ -75,7 +75,7 @@ class Launcher:
         rows = self._rows(x)
         if not len(rows):
             return torch.empty_like(x)
-        plan = self._route(rows, weights, logits)
+        plan = self._route(rows, weights, logits, sort=True)
         self._scatter(plan)
         return self._compute(rows, plan, weights, residual).reshape(x.shape)
 
@@ -87,7 +87,7 @@ class Launcher:
         if not len(rows):
             empty = torch.empty((0, self.layer.slots), device=x.device)
             return empty.int(), empty
-        return self._route(rows, weights, logits)[:2]
+        return self._route(rows, weights, logits, sort=False)[:2]
 
     def experts(
         self,
@@ -141,13 +141,15 @@ class Launcher:
             element_bytes=getattr(torch, layer.dtype).itemsize,
         )
 
-    def _route(self, rows: torch.Tensor, weights: Weights, logits: torch.Tensor | None) -> Plan:
+    def _route(
+        self, rows: torch.Tensor, weights: Weights, logits: torch.Tensor | None, *, sort: bool
+    ) -> Plan:
         layer, tokens = self.layer, len(rows)
         shape = (tokens, layer.slots)
         ids = torch.empty(shape, dtype=torch.int32, device=rows.device)
         topk_weights = torch.empty(shape, device=rows.device)
         plan = self._plan(ids, topk_weights, experts=layer.total_experts, shared=layer.shared)
-        constants = self._constants(plan, layer.total_experts, has_logits=logits is not None)
+        constants = self._constants(plan, layer.total_experts, has_logits=logits is not None, sort=sort)
         parts = constants["router"]["SPLIT_H"]
         if logits is not None:
             logits = logits.reshape(-1, layer.experts).contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast, get_args
 
 from moecc.ir.core import Op, attr
-from moecc.ir.semantics import ActivationKind, GroupScore, Score
+from moecc.ir.semantics import ActivationKind, GroupScore, Router, Score, why_impossible
 from moecc.ir.types import RoutingType, TokensType, WeightsType
 
 
@@ -65,16 +65,9 @@ def require_vector(op: Op, name: str, size: int) -> None:
 
 
 def check_router(op: Op, experts: int) -> None:
-    top_k, groups, top_groups = (op.attributes[name] for name in ("top_k", "groups", "top_groups"))
-    if top_k > experts:
-        raise op.fail(f"top_k {top_k} is larger than experts {experts}", f"top_k must be in [1, {experts}]")
-    if experts % groups or top_groups > groups:
-        raise op.fail(
-            f"{experts} experts cannot be limited to {top_groups} of {groups} groups",
-            "groups must divide experts, and top_groups must not exceed groups",
-        )
-    if top_k > experts // groups * top_groups:
-        raise op.fail(f"top_k {top_k} is larger than the experts of {top_groups} groups")
+    router = Router(**{name: op.attributes[name] for name in ROUTER_ATTRIBUTES})
+    if problem := why_impossible(router, experts, op.attributes["top_k"]):
+        raise op.fail(*problem)
     if op.attributes["selection_bias"] != ("correction_bias" in op.operands):
         raise op.fail("selection_bias must be true exactly where a correction_bias is given")
     require_vector(op, "correction_bias", experts)
@@ -85,6 +78,13 @@ def check_experts(op: Op, hidden: int, experts: int) -> int:
     require_same(op, "expert counts", count, experts)
     require_same(op, "hidden sizes", hidden, gate_hidden)
     require_expert_bias(op, "gate_up_bias", (experts, two_intermediate))
+    return halved(op, two_intermediate)
+
+
+def halved(op: Op, two_intermediate: int) -> int:
+    """The intermediate size of a gate_up that stacks gate and up."""
+    if two_intermediate % 2:
+        raise op.fail(f"gate_up has {two_intermediate} rows, which gate and up cannot share")
     return two_intermediate // 2
 
 

@@ -11,6 +11,7 @@ from moecc.ir.op_checks import (
     RouterFields,
     check_experts,
     check_router,
+    halved,
     require_expert_bias,
     require_same,
     require_vector,
@@ -59,8 +60,10 @@ class DenseMlp(Op, mnemonic="dense.mlp"):
     dense = result()
 
     def infer(self) -> tuple[Type]:
-        require_same(self, "hidden sizes", tokens_of(self).hidden, weights_of(self, "gate_up", 2).shape[1])
-        require_same(self, "hidden sizes", tokens_of(self).hidden, weights_of(self, "down", 2).shape[0])
+        two_intermediate, hidden = weights_of(self, "gate_up", 2).shape
+        require_same(self, "hidden sizes", tokens_of(self).hidden, hidden)
+        shape = (hidden, halved(self, two_intermediate))
+        require_same(self, "shapes of down", weights_of(self, "down", 2).shape, shape)
         return (self.x.type,)
 
 

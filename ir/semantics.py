@@ -47,3 +47,20 @@ class Activation:
     kind: ActivationKind = "silu_glu"
     alpha: float = 1.702
     limit: float = 7.0
+
+
+def why_impossible(router: Router, experts: int, top_k: int) -> tuple[str, str] | None:
+    """(what, hint) if no token can be routed so, else None: the one predicate of IR and codegen."""
+    groups, top_groups = router.groups, router.top_groups
+    if not 1 <= top_k <= experts:
+        return f"top_k {top_k} is larger than experts {experts}", f"top_k must be in [1, {experts}]"
+    if groups < 1 or experts % groups or not 1 <= top_groups <= groups:
+        what = f"{experts} experts cannot be limited to {top_groups} of {groups} groups"
+        return what, "groups must divide experts, and top_groups must not exceed groups"
+    selectable = experts // groups * top_groups
+    if top_k > selectable:
+        what = f"top_k {top_k} is larger than the {selectable} experts of {top_groups} groups"
+        return what, f"top_k must be in [1, {selectable}]"
+    if router.group_score == "top2_sum" and groups > 1 and experts // groups < 2:
+        return "groups of one expert have no two best scores to add", "use group_score max"
+    return None

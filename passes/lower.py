@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, cast
 
 from moecc.errors import InputError
@@ -159,7 +160,8 @@ def _down(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
 
 
 def _shared(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
-    """Shared experts that stay apart: the experts' kernels, every token selecting all of them."""
+    """Shared experts that stay apart: the experts' kernels with a routing that never changes, all of them for every
+    token with weight 1, which the host fills once."""
     x, weights = cast(TokensType, op.x.type), cast(WeightsType, op.gate_up.type)
     count, two_intermediate, _ = weights.shape
     lowering.describe(
@@ -174,16 +176,19 @@ def _shared(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
         activation={key: op.attributes[key] for key in ACTIVATION_ATTRIBUTES},
     )
     rows, tokens = x.rows.times(count), x.rows.at(lowering.tokens)
+    everyone = _alloc(RoutingType(x.rows, Fraction(count), count), "everyone", op)
     plan = _alloc(PlanType(rows, count), "plan", op)
     hidden = _alloc(TokensType(rows, two_intermediate // 2, x.dtype), "rows", op)
     partial = TokensType(rows, x.hidden, x.dtype)
-    down_reads = [hidden.buffer, plan.buffer, op.down]
+    routing = [everyone.buffer]
+    down_reads = [hidden.buffer, plan.buffer, *routing, op.down]
     return [
+        everyone,
         plan,
         hidden,
-        *_sorting(op, _launch(op, "plan", [], [plan.buffer], "_shared"), [], tokens),
+        *_sorting(op, _launch(op, "plan", routing, [plan.buffer], "_shared"), routing, tokens),
         _launch(op, "gate_up", [op.x, plan.buffer, op.gate_up], [hidden.buffer], "_shared"),
-        *_combining(op, down_reads, [], partial, writes, tokens, "_shared"),
+        *_combining(op, down_reads, routing, partial, writes, tokens, "_shared"),
     ]
 
 

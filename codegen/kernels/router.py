@@ -245,6 +245,7 @@ def router_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SPLIT_H: tl.constexpr,
+    SORT: tl.constexpr,  # the rows stay here: plan their tiles
     BLOCK_M: tl.constexpr,
     SCATTER: tl.constexpr,
     SCATTER_BLOCK: tl.constexpr,
@@ -310,9 +311,6 @@ def router_kernel(
         SCALE,
         BACKEND,
     )
-    chosen = mark_chosen(columns, is_token, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
-    ranks = rank_in_block(chosen, columns, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
-
     # Slots past TOP_K are the shared experts: every token, weight 1.
     j = tl.arange(0, SLOT_BLOCK)[None, :]
     ids = columns // GROUP_PAD * GROUP_SIZE + columns % GROUP_PAD
@@ -322,6 +320,10 @@ def router_kernel(
     is_slot = is_token[:, None] & (j < SLOTS)
     tl.store(topk_ids_ptr + at, ids, is_slot)
     tl.store(topk_weights_ptr + at, weights, is_slot)
+    if not SORT:
+        return
+    chosen = mark_chosen(columns, is_token, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
+    ranks = rank_in_block(chosen, columns, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
     tl.store(slot_rank_ptr + at, ranks, is_slot)
     tl.store(block_counts_ptr + block * TOTAL_EXPERTS + expert, tl.sum(chosen, axis=0), is_expert)
     for s in tl.static_range(NUM_SHARED):

@@ -107,9 +107,9 @@ def test_lds_of_cdna3_is_the_tightest():
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"top_k": 129}, "top_k 129 is larger than the 128 experts that can be selected"),
-        ({"router": Router(groups=3)}, "128 experts do not divide into 3 groups"),
-        ({"router": Router(groups=8, top_groups=9)}, r"top_groups 9 is not in \[1, 8\]"),
+        ({"top_k": 129}, "top_k 129 is larger than experts 128"),
+        ({"router": Router(groups=3)}, "128 experts cannot be limited to 1 of 3 groups"),
+        ({"router": Router(groups=8, top_groups=9)}, r"cannot be limited to 9 of 8 groups"),
         ({"router": Router(groups=32, top_groups=1)}, "top_k 8 is larger than the 4 experts"),
         ({"hidden": 0}, "hidden 0 is not positive"),
         ({"dtype": "float8"}, "dtype 'float8' is none of bfloat16, float16, float32"),

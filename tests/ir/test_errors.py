@@ -47,7 +47,7 @@ IN_LINE = {
 ROUTES = {
     "{top_k = 9}": "moe.route: top_k 9 is larger than experts 8; hint: top_k must be in [1, 8]",
     "{top_k = 2, groups = 3}": "moe.route: 8 experts cannot be limited to 1 of 3 groups; hint: groups must divide",
-    "{top_k = 3, groups = 4}": "moe.route: top_k 3 is larger than the experts of 1 groups",
+    "{top_k = 3, groups = 4}": "moe.route: top_k 3 is larger than the 2 experts of 1 groups; hint: top_k must be in [1, 2]",
     '{top_k = 2, score = "tanh"}': "moe.route: attribute 'score' must be one of softmax, sigmoid",
     "{top_k = 2, selection_bias = true}": "moe.route: selection_bias must be true exactly where a correction_bias is given",
     "{top_k = 0}": "moe.route: attribute 'top_k' must be at least 1",

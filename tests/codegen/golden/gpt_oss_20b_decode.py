@@ -121,58 +121,41 @@ def kernel_constants(
     backend: str,
     has_logits: bool = False,
     has_residual: bool = False,
+    sort: bool = True,
 ) -> dict[str, Constants]:
     """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token.
 
-    backend: cuda, hip or interpret.
+    backend: cuda, hip or interpret. sort: the router plans the tiles too.
     """
     common = {"HIDDEN": layer.hidden, "BACKEND": backend}
+    sizes = {"NUM_EXPERTS": experts, "TOP_K": slots}
+    sorting = {"BLOCK_T": config["router"]["BLOCK_T"], "SCATTER_BLOCK": SCATTER_BLOCK}
+    planning = {"BLOCK_M": config["gate_up"]["BLOCK_M"], "SCATTER": tokens <= ONE_LAUNCH_TOKENS, **sorting}
+    router = _router_constants(layer, config["router"], has_logits) | {"SORT": sort}
     gemm = {
         **common,
         "INTERMEDIATE": layer.intermediate,
         "TOP_K": slots,
         "HAS_EXPERT_BIAS": layer.has_expert_bias,
     }
-    combine = {"TOP_K": slots, "NUM_EXPERTS": experts, "HAS_RESIDUAL": has_residual}
-    sorting = {"BLOCK_T": config["router"]["BLOCK_T"], "SCATTER_BLOCK": SCATTER_BLOCK}
-    planning = {"BLOCK_M": config["gate_up"]["BLOCK_M"], "SCATTER": tokens <= ONE_LAUNCH_TOKENS}
-    split = 1 if has_logits else config["router"]["SPLIT_H"]
+    fused = tokens <= config["combine"]["FUSED_TOKENS"]
+    combining = {"FUSE_COMBINE": fused, "COMBINE_T": FUSED_BLOCK_T, "HAS_RESIDUAL": has_residual}
+    combine = {name: value for name, value in config["combine"].items() if name != "FUSED_TOKENS"}
     return {
-        "router": {
-            **common,
-            "NUM_EXPERTS": layer.experts,
-            "NUM_SHARED": layer.shared,
-            "TOP_K": layer.top_k,
-            "HAS_LOGITS": has_logits,
-            **layer.router,
-            **config["router"],
-            **planning,
-            **sorting,
-            "SPLIT_H": split,
-        },
-        "plan": {
-            "NUM_EXPERTS": experts,
-            "TOP_K": slots,
-            **planning,
-            **sorting,
-            "BACKEND": backend,
-            "num_warps": config["router"]["num_warps"],
-        },
-        "scatter": {"NUM_EXPERTS": experts, "TOP_K": slots, **sorting},
+        "router": {**common, **router, **planning},
+        "plan": {**sizes, **planning, "BACKEND": backend, "num_warps": config["router"]["num_warps"]},
+        "scatter": {**sizes, **sorting},
         "gate_up": {**gemm, **layer.activation, **config["gate_up"]},
-        "down": {
-            **gemm,
-            **combine,
-            "FUSE_COMBINE": tokens <= config["combine"]["FUSED_TOKENS"],
-            "COMBINE_T": FUSED_BLOCK_T,
-            **config["down"],
-        },
-        "combine": {
-            **common,
-            **combine,
-            **{name: value for name, value in config["combine"].items() if name != "FUSED_TOKENS"},
-        },
+        "down": {**gemm, **sizes, **combining, **config["down"]},
+        "combine": {**common, **sizes, "HAS_RESIDUAL": has_residual, **combine},
     }
+
+
+def _router_constants(layer: Layer, config: Mapping[str, int], has_logits: bool) -> Constants:
+    """Logits that are given need no gate GEMM to split."""
+    sizes = {"NUM_EXPERTS": layer.experts, "NUM_SHARED": layer.shared, "TOP_K": layer.top_k}
+    split = {"SPLIT_H": 1} if has_logits else {}
+    return {**sizes, "HAS_LOGITS": has_logits, **layer.router, **config, **split}
 
 
 @triton.jit
@@ -687,6 +670,7 @@ def router_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SPLIT_H: tl.constexpr,
+    SORT: tl.constexpr,  # the rows stay here: plan their tiles
     BLOCK_M: tl.constexpr,
     SCATTER: tl.constexpr,
     SCATTER_BLOCK: tl.constexpr,
@@ -752,9 +736,6 @@ def router_kernel(
         SCALE,
         BACKEND,
     )
-    chosen = mark_chosen(columns, is_token, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
-    ranks = rank_in_block(chosen, columns, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
-
     # Slots past TOP_K are the shared experts: every token, weight 1.
     j = tl.arange(0, SLOT_BLOCK)[None, :]
     ids = columns // GROUP_PAD * GROUP_SIZE + columns % GROUP_PAD
@@ -764,6 +745,10 @@ def router_kernel(
     is_slot = is_token[:, None] & (j < SLOTS)
     tl.store(topk_ids_ptr + at, ids, is_slot)
     tl.store(topk_weights_ptr + at, weights, is_slot)
+    if not SORT:
+        return
+    chosen = mark_chosen(columns, is_token, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
+    ranks = rank_in_block(chosen, columns, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
     tl.store(slot_rank_ptr + at, ranks, is_slot)
     tl.store(block_counts_ptr + block * TOTAL_EXPERTS + expert, tl.sum(chosen, axis=0), is_expert)
     for s in tl.static_range(NUM_SHARED):
@@ -1124,7 +1109,7 @@ class Launcher:
         rows = self._rows(x)
         if not len(rows):
             return torch.empty_like(x)
-        plan = self._route(rows, weights, logits)
+        plan = self._route(rows, weights, logits, sort=True)
         self._scatter(plan)
         return self._compute(rows, plan, weights, residual).reshape(x.shape)
 
@@ -1136,7 +1121,7 @@ class Launcher:
         if not len(rows):
             empty = torch.empty((0, self.layer.slots), device=x.device)
             return empty.int(), empty
-        return self._route(rows, weights, logits)[:2]
+        return self._route(rows, weights, logits, sort=False)[:2]
 
     def experts(
         self,
@@ -1190,13 +1175,15 @@ class Launcher:
             element_bytes=getattr(torch, layer.dtype).itemsize,
         )
 
-    def _route(self, rows: torch.Tensor, weights: Weights, logits: torch.Tensor | None) -> Plan:
+    def _route(
+        self, rows: torch.Tensor, weights: Weights, logits: torch.Tensor | None, *, sort: bool
+    ) -> Plan:
         layer, tokens = self.layer, len(rows)
         shape = (tokens, layer.slots)
         ids = torch.empty(shape, dtype=torch.int32, device=rows.device)
         topk_weights = torch.empty(shape, device=rows.device)
         plan = self._plan(ids, topk_weights, experts=layer.total_experts, shared=layer.shared)
-        constants = self._constants(plan, layer.total_experts, has_logits=logits is not None)
+        constants = self._constants(plan, layer.total_experts, has_logits=logits is not None, sort=sort)
         parts = constants["router"]["SPLIT_H"]
         if logits is not None:
             logits = logits.reshape(-1, layer.experts).contiguous()

@@ -1,0 +1,232 @@
+"""moecc place"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moecc.errors import MoeccError
+
+if TYPE_CHECKING:
+    from moecc.cli.progress import StageProgress
+    from moecc.solvers.placement import PlacementProblem
+    from moecc.solvers.placement.placing import Placed
+    from moecc.solvers.placement.sweep import SweepPoint
+    from moecc.solvers.routing import Routing
+
+SWEEP_SHARE = 0.25
+"""Of the time limit, for the plot's sweep of caps."""
+
+
+def place_command(
+    traces: Annotated[
+        list[str],
+        typer.Argument(help="Traces, one a workload: FILE.npz or NAME=FILE.npz", show_default=False),
+    ],
+    devices: Annotated[int, typer.Option(help="Devices in all.")] = 8,
+    nodes: Annotated[int, typer.Option(help="Nodes that the devices are spread over.")] = 1,
+    slots_per_device: Annotated[
+        int | None, typer.Option(help="Experts that a device holds per layer; as few as possible otherwise.")
+    ] = None,
+    execution: Annotated[
+        str, typer.Option(help="home: tokens return after every layer; migrate: they stay where they landed.")
+    ] = "home",
+    objective: Annotated[str, typer.Option(help="What to minimise: traffic, load or step.")] = "traffic",
+    balance: Annotated[
+        str, typer.Option(help="Whose imbalance counts: workload (their mean), pooled, worst or cvar.")
+    ] = "workload",
+    max_imbalance: Annotated[
+        float | None, typer.Option(help="Cap on the imbalance: largest device load / mean; none otherwise.")
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of a workload, in the order of the traces, repeatable.")
+    ] = None,
+    dispatch: Annotated[
+        str, typer.Option(help="How the engine picks replicas: even, nearest, random or lp.")
+    ] = "even",
+    topology: Annotated[
+        Path | None,
+        typer.Option(help="Links: the text of nvidia-smi topo -m, or a cost matrix as .json or .csv."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="With --objective step: the model by name.")] = None,
+    hf_config: Annotated[
+        Path | None, typer.Option(help="With --objective step: the model's config.json.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --objective step: the device.")] = "h100-sxm",
+    tokens_per_device: Annotated[
+        int, typer.Option(help="With --objective step: tokens of one device in a step.")
+    ] = 4096,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="placement.json in force, to move from.", show_default=False)
+    ] = None,
+    max_moved_gb: Annotated[
+        float | None, typer.Option(help="With --from: most expert weights to move, all layers together.")
+    ] = None,
+    expert_mb: Annotated[
+        float, typer.Option(help="With --from: size of one expert's weights in one layer, 1e6 bytes.")
+    ] = 0.0,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds for all solving; a quarter is kept for --leave-one-out.")
+    ] = 30.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that share independent layers.")] = 1,
+    leave_one_out: Annotated[
+        bool, typer.Option(help="Also solve without each workload and judge on it.")
+    ] = True,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path(
+        "placement.json"
+    ),
+    export: Annotated[
+        list[str] | None, typer.Option(help="Also write an engine's format, as ENGINE:FILE, repeatable.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Also draw it, as .png or .svg, with a sweep of caps in a quarter of the time."),
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Solve nothing: recompute the figures of this placement.json from the traces."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Place experts on devices from routing traces: balance, traffic, and what both are worth on unseen tokens."""
+    from moecc.cli.place_inputs import (
+        devices_per_node,
+        model_step_cost,
+        read_links,
+        read_placement,
+        read_workloads,
+    )
+    from moecc.files import check_writable
+    from moecc.solvers.placement import PlacementProblem
+
+    workloads = read_workloads(traces, weight or [])
+    if check is not None:
+        _check(check, workloads, as_json)
+        return
+    for path in (output, *([plot] if plot else [])):
+        check_writable(path)
+    slots = slots_per_device or -(-workloads[0].num_experts // max(1, devices))
+    cost, notes = None, []
+    if objective == "step":
+        cost, confidence = model_step_cost(
+            preset=preset,
+            hf_config=hf_config,
+            device=device,
+            devices=devices,
+            nodes=nodes,
+            slots=slots,
+            tokens_per_device=tokens_per_device,
+            routing=workloads[0],
+        )
+        notes.append(f"times are predictions; {confidence}")
+    choices: dict[str, Any] = {
+        "execution": execution,
+        "objective": objective,
+        "balance": balance,
+        "dispatch": dispatch,
+    }
+    problem = PlacementProblem(
+        workloads=workloads,
+        devices=devices,
+        devices_per_node=devices_per_node(devices, nodes),
+        slots_per_device=slots,
+        max_imbalance=max_imbalance,
+        links=read_links(topology, devices, nodes) if topology else None,
+        step_cost=cost,
+        in_force=read_placement(from_) if from_ else None,
+        max_moved_bytes=None if max_moved_gb is None else max_moved_gb * 1e9,
+        expert_bytes=round(expert_mb * 1e6),
+        time_limit_s=time_limit,
+        seed=seed,
+        workers=workers,
+        **choices,
+    )
+    _place(problem, output, export or [], plot, leave_one_out, notes, as_json)
+
+
+def _place(
+    problem: PlacementProblem,
+    output: Path,
+    exports: list[str],
+    plot: Path | None,
+    leave_one_out: bool,
+    notes: list[str],
+    as_json: bool,
+) -> None:
+    from moecc.cli.place_tables import print_placed
+    from moecc.cli.progress import StageProgress
+    from moecc.files import write_atomic
+    from moecc.solvers.placement.placing import place
+
+    draw = _plotter(plot)
+    share = 1 - SWEEP_SHARE if draw else 1.0
+    with StageProgress() as progress:
+        placed = place(
+            replace(problem, time_limit_s=problem.time_limit_s * share),
+            leave_one_out=leave_one_out,
+            progress=progress,
+        )
+        files: dict[Path, str | bytes] = {output: placed.to_json()}
+        if draw and plot:
+            files[plot] = draw(problem, placed, _swept(problem, placed, progress))
+    for path, content in files.items():
+        write_atomic(path, content)
+    if placed.solution.certificate.interrupted:
+        typer.echo(f"interrupted: {output} holds the best placement so far", err=True)
+    if as_json:
+        typer.echo(json.dumps(_summary(placed, list(files), notes), indent=1))
+    else:
+        print_placed(placed, list(files), notes)
+
+
+def _swept(problem: PlacementProblem, placed: Placed, progress: StageProgress) -> list[SweepPoint]:
+    """The sweep's points, unless an interrupt asked to come to an end."""
+    from moecc.solvers.placement.sweep import sweep
+
+    if placed.solution.certificate.interrupted:
+        return []
+    return sweep(problem, time_limit_s=problem.time_limit_s * SWEEP_SHARE, progress=progress)
+
+
+def _plotter(plot: Path | None) -> Callable[[PlacementProblem, Placed, list[SweepPoint]], bytes] | None:
+    """What draws into a file of that name, found before anything is solved."""
+    if plot is None:
+        return None
+    from moecc.plots import draw_placed, image_format
+
+    return partial(draw_placed, image_format(plot))
+
+
+def _summary(placed: Placed, files: list[Path], notes: list[str]) -> dict[str, Any]:
+    return {
+        "files": [str(path) for path in files],
+        "certificate": asdict(placed.solution.certificate),
+        "report": asdict(placed.report),
+        "notes": notes,
+    }
+
+
+def _check(path: Path, workloads: tuple[Routing, ...], as_json: bool) -> None:
+    from moecc.cli.place_tables import print_recheck
+    from moecc.files import read_text
+    from moecc.solvers.placement.recheck import recheck
+
+    text = read_text(path, "give a placement.json, as `moecc place -o` writes it")
+    found = recheck(text, workloads, where=str(path))
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+    else:
+        print_recheck(path, found)
+    if found.wrong:
+        raise MoeccError(
+            f"{len(found.wrong)} of {found.figures} figures disagree with the traces",
+            where=str(path),
+            hint="the file was changed, or made by another version: place again",
+        )

@@ -1,0 +1,124 @@
+"""What `moecc place` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moecc.cli.tables import plain_table, print_titled, wide_console
+from moecc.solvers.placement.placing import Placed
+from moecc.solvers.placement.recheck import Recheck
+from moecc.solvers.placement.report import PlacingReport
+
+_FIGURES = {
+    "fan_out": "devices per token",
+    "node_fan_out": "nodes per token",
+    "hops": "hops per token and layer",
+    "same_device_pairs": "adjacent expert pairs on one device",
+    "link_cost": "cost of the links",
+}
+
+
+def print_placed(placed: Placed, files: Sequence[Path], notes: Sequence[str]) -> None:
+    """The figures side by side, then what to know, then the files."""
+    console, report = wide_console(), placed.report
+    print_titled(console, _title(placed), _overview(report))
+    print_titled(console, "Workloads, held-out sequences", _workloads(report))
+    if report.unseen:
+        print_titled(console, "Unseen workloads: each placed for by the others alone", _unseen(report))
+    for execution, sentence in report.affinity.items():
+        _say(console, f"{execution}: {sentence}")
+    for warning in report.warnings:
+        _say(console, f"warning: {warning}")
+    certificate = placed.solution.certificate
+    for note in (*report.assumptions, *notes, *filter(None, [certificate.note])):
+        _say(console, f"note: {note}")
+    _say(console, f"\nwritten: {', '.join(map(str, files))}")
+
+
+def print_recheck(path: Path, found: Recheck) -> None:
+    """One line, and one for every figure that disagrees."""
+    console = wide_console()
+    for line in found.wrong:
+        _say(console, line)
+    agree = found.figures - len(found.wrong)
+    skipped = f"; cannot be recomputed: {', '.join(found.skipped)}" if found.skipped else ""
+    _say(console, f"{path}: {agree} of {found.figures} figures agree with the traces{skipped}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _title(placed: Placed) -> str:
+    wanted, certificate = placed.report.request, placed.solution.certificate
+    nodes = wanted["devices"] // wanted["devices_per_node"]
+    bound = "no bound" if certificate.gap is None else f"gap {certificate.gap:.2%}"
+    return (
+        f"{placed.solution.placement.layers} layers of {placed.solution.placement.num_experts} experts on"
+        f" {wanted['devices']} devices in {nodes} nodes, {wanted['slots_per_device']} slots each:"
+        f" {wanted['objective']} under {wanted['execution']}"
+        f" ({certificate.status}, {bound}, {certificate.solver}, {certificate.wall_s:.1f} s)"
+    )
+
+
+def _overview(report: PlacingReport) -> Table:
+    balance = report.request["balance"]
+    rows = {
+        "balance_imbalance": f"imbalance ({balance})",
+        "pooled_imbalance": "imbalance (pooled)",
+        **_FIGURES,
+    }
+    if balance == "pooled":
+        rows = {"imbalance": "imbalance (workload)", **rows}
+    if report.request["objective"] == "step":
+        rows = {"objective": "predicted us per layer", **rows}
+    table = plain_table("", "solved on: identity", "placed", "held out: identity", "placed")
+    sides = [
+        half[side]
+        for half in (report.in_sample, {"before": report.before, "after": report.after})
+        for side in ("before", "after")
+    ]
+    for key, name in rows.items():
+        values = [side[key] for side in sides]
+        if any(values):
+            table.add_row(name, *(f"{value:.3f}" for value in values))
+    for tier in report.after["copies"]:
+        table.add_row(f"copies of a token, {tier}", *(f"{side['copies'][tier]:.3f}" for side in sides))
+    return table
+
+
+def _workloads(report: PlacingReport) -> Table:
+    cost, name = _cost(report)
+    table = plain_table("workload", "tokens", "imbalance: identity", "placed", f"{name}: identity", "placed")
+    for workload, tokens in report.held_out_tokens.items():
+        sides = [side["workloads"][workload] for side in (report.before, report.after)]
+        table.add_row(workload, f"{tokens:,}", *_figures(sides, cost))
+    return table
+
+
+def _unseen(report: PlacingReport) -> Table:
+    """Beside identity and the unseen placement also the one that has seen the workload."""
+    cost, name = _cost(report)
+    columns = ("identity", "unseen", "seen")
+    table = plain_table(
+        "workload",
+        *(f"imbalance: {c}" if c == "identity" else c for c in columns),
+        *(f"{name}: {c}" if c == "identity" else c for c in columns),
+    )
+    for row in report.unseen:
+        seen = report.after["workloads"][row["workload"]]
+        table.add_row(row["workload"], *_figures([row["before"], row["after"], seen], cost))
+    return table
+
+
+def _figures(sides: Sequence[Mapping[str, Any]], cost: str) -> list[str]:
+    return [f"{side[key]:.3f}" for key in ("imbalance", cost) for side in sides]
+
+
+def _cost(report: PlacingReport) -> tuple[str, str]:
+    return ("hops", "hops") if report.request["execution"] == "migrate" else ("fan_out", "devices")
