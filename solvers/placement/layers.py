@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints, LayerLoads, layer_loads
 from moecc.solvers.placement.bounds import lower_bound
+from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.search import TOLERANCE, Clock, balance_layer
 from moecc.solvers.placement.start import balanced_start, replicate
@@ -78,6 +79,14 @@ def begin(problem: PlacementProblem, clock: Clock, tick: Callable[[int, int], No
         bounds=[None] * problem.layers,
         numbers=list(range(problem.layers)),
     )
+
+
+def start_from(work: Work, placement: Placement) -> None:
+    """Every layer as in a placement of the same layers, experts, devices and slots."""
+    device_of_slot = np.arange(placement.slots) // placement.slots_per_device
+    for layer, row in zip(work.layers, placement.physical_to_logical, strict=True):
+        order = np.lexsort((device_of_slot, row))
+        layer.experts, layer.device_of = row[order].astype(np.int64), device_of_slot[order]
 
 
 def balance(work: Work, *, stop_at: float) -> None:

@@ -76,6 +76,19 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Margin:
+    """Why the cap on the imbalance was tightened: asked, as the caller gave it for unseen sequences; gap, by how much
+    sequences held out of the training exceeded it in trials; cap, asked - gap (at least 1), which the placement was
+    solved for; expected, the imbalance on the training sequences plus the gap.
+    """
+
+    asked: float
+    gap: float
+    cap: float
+    expected: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What is known about a placement's objective.
 
@@ -83,6 +96,7 @@ class Certificate:
     gap: (objective - bound) / objective. status: `optimal` proven; `feasible` the search ended by itself;
     `time_limit` the clock or an interrupt ended it; `infeasible` the placement is over max_imbalance, and the
     note says whether that is proven or only what the search reached. wall_s: seconds, all layers together.
+    margin: None unless max_imbalance was meant for unseen sequences.
     """
 
     objective: float
@@ -93,6 +107,7 @@ class Certificate:
     wall_s: float
     seed: int
     note: str = ""
+    margin: Margin | None = None
 
     @property
     def interrupted(self) -> bool:
