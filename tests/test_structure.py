@@ -21,6 +21,7 @@ RANKS = {
     "solvers": 1,
     "passes": 2,
     "frontend": 2,
+    "engines": 3,
     "codegen": 3,
     "autotune": 4,
     "build": 5,
