@@ -42,10 +42,6 @@ class Resources:
     matrix_instruction: str
     num_warps: int
 
-    @property
-    def uses_wgmma(self) -> bool:
-        return self.matrix_instruction == "wgmma"
-
 
 def read_resources(assembly: str, binary: bytes, *, shared_bytes: int, num_warps: int) -> Resources:
     """The resources of a cubin with its PTX, or of an hsaco with its AMD assembly.

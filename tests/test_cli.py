@@ -138,8 +138,7 @@ def test_opt_continues_from_any_dump(compiled: Any) -> None:
 
 def test_what_does_not_fit_fails_and_leaves_the_old_artifact(compiled: Any, tmp_path: Path) -> None:
     result = moecc("compile", "--preset", "deepseek-v3", "--devices-per-node", 1, "-o", compiled[0])
-    assert_one_line_error(result, 1, "one device needs", "has 80.0 GB; hint: use more devices")
-    assert "Memory of one device" in result.stdout
+    assert_one_line_error(result, 1, "one device needs", "weights 1342", "has 80.0 GB; hint: use more devices")
     load_artifact(compiled[0])
 
 
@@ -216,6 +215,7 @@ def test_a_killed_compile_leaves_the_old_artifact_or_none(tmp_path: Path) -> Non
     subprocess.run(command, check=True, capture_output=True)
     whole = time.monotonic() - whole
     before = load_artifact(out).manifest
+    intact = 0
     for _ in range(6):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(random.uniform(0.1, 1.1) * whole)
@@ -223,6 +223,8 @@ def test_a_killed_compile_leaves_the_old_artifact_or_none(tmp_path: Path) -> Non
         process.wait()
         if out.exists():
             assert load_artifact(out).manifest["files"].keys() == before["files"].keys()
+            intact += 1
+    assert intact, "the artifact is absent for an instant at most"
     together = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in together] == [0, 0]
     assert load_artifact(out).manifest["files"].keys() == before["files"].keys()

@@ -75,10 +75,6 @@ class DeviceSpec:
     sources: Mapping[str, str]
 
     @property
-    def kernel_launch_us(self) -> float:
-        return self.dense.overhead_us
-
-    @property
     def memory_bytes(self) -> int:
         return int(self.memory_gb * 1e9)
 

@@ -32,11 +32,6 @@ class SplitDecision:
         """No schedule of any candidate is shorter."""
         return min(schedule.bound_us for schedule in self.schedules.values())
 
-    @property
-    def speedup(self) -> float:
-        """Serial time over the chosen makespan."""
-        return self.serial_us / self.schedule.makespan_us if self.schedule.makespan_us else 1.0
-
 
 def best_split(
     candidates: Mapping[int, ScheduleProblem], *, time_limit_s: float = 10.0, seed: int = 0

@@ -37,7 +37,7 @@ DECODE = replace(PREFILL, tokens=128, phase="decode")
 
 
 def test_compute_at_its_roofs() -> None:
-    launch = H100.kernel_launch_us
+    launch = H100.dense.overhead_us
     moved = latency_us(Compute(flops=0, bytes=3.35e9, dtype="bfloat16", launches=2), ONE)
     assert moved == pytest.approx(1000 / H100.dense.memory_efficiency + 2 * launch)
     computed = latency_us(Compute(flops=989e9, bytes=0, dtype="bfloat16", launches=0), ONE)
