@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from moecc.solvers.routing import Routing
 
 app = typer.Typer(help="Record routing traces and look at them.", no_args_is_help=True)
 
@@ -32,12 +35,45 @@ def record_command(
         checkpoint, inputs, tokens=tokens, sequence_length=sequence_length, name=name or output.stem
     )
     save_trace(output, routing)
-    tokens_seen, layers, top_k = routing.topk_ids.shape
-    facts = {"tokens": tokens_seen, "layers": layers, "top_k": top_k, "experts": routing.num_experts}
+    facts = _facts(routing)
     if as_json:
         typer.echo(json.dumps({"trace": str(output), **facts}))
     else:
         typer.echo(f"{output}: " + ", ".join(f"{value} {name}" for name, value in facts.items()))
+
+
+@app.command("convert")
+def convert_command(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(help="SGLang per_token dumps, vLLM routed experts, traces.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .npz to write.")],
+    num_experts: Annotated[
+        int | None, typer.Option(help="Experts of the model, where a dump does not say.", min=1)
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the workload; the file's otherwise.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was converted as JSON.")] = False,
+) -> None:
+    """Read routing that inference engines recorded into one trace; what a file is, its content says."""
+    from moecc.engines import convert
+    from moecc.frontend.trace import save_trace
+
+    found = convert(inputs, num_experts=num_experts, name=name or output.stem)
+    save_trace(output, found.routing)
+    facts = _facts(found.routing)
+    facts["sequences"] = len(set(found.routing.sequence_ids.tolist()))
+    if as_json:
+        typer.echo(json.dumps({"trace": str(output), **facts, "notes": found.notes}))
+        return
+    typer.echo(f"{output}: " + ", ".join(f"{value} {name}" for name, value in facts.items()))
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+
+
+def _facts(routing: Routing) -> dict[str, int]:
+    tokens, layers, top_k = routing.topk_ids.shape
+    return {"tokens": tokens, "layers": layers, "top_k": top_k, "experts": routing.num_experts}
 
 
 @app.command("stats")
