@@ -8,7 +8,7 @@ import sys
 import typer
 
 from moecc import __version__
-from moecc.cli import compile, doctor, opt, run, trace
+from moecc.cli import compile, doctor, opt, place, run, trace
 from moecc.errors import MoeccError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("compile")(compile.compile_command)
+app.command("place")(place.place_command)
 app.command("opt")(opt.opt_command)
 app.command("run")(run.run_command)
 app.command("doctor")(doctor.doctor_command)

@@ -14,6 +14,7 @@ import typer
 from moecc.errors import MoeccError
 
 if TYPE_CHECKING:
+    from moecc.cli.place_inputs import Exports
     from moecc.cli.progress import StageProgress
     from moecc.solvers.placement import PlacementProblem
     from moecc.solvers.placement.placing import Placed
@@ -54,9 +55,11 @@ def place_command(
         Path | None,
         typer.Option(help="Links: the text of nvidia-smi topo -m, or a cost matrix as .json or .csv."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="With --objective step: the model by name.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The model by name: for --objective step and --export.")
+    ] = None,
     hf_config: Annotated[
-        Path | None, typer.Option(help="With --objective step: the model's config.json.")
+        Path | None, typer.Option(help="The model's config.json: for --objective step and --export.")
     ] = None,
     device: Annotated[str, typer.Option(help="With --objective step: the device.")] = "h100-sxm",
     tokens_per_device: Annotated[
@@ -69,8 +72,11 @@ def place_command(
         float | None, typer.Option(help="With --from: most expert weights to move, all layers together.")
     ] = None,
     expert_mb: Annotated[
-        float, typer.Option(help="With --from: size of one expert's weights in one layer, 1e6 bytes.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="With --from: one expert's weights in one layer, 1e6 bytes; the model's otherwise."
+        ),
+    ] = None,
     time_limit: Annotated[
         float, typer.Option(help="Seconds for all solving; a quarter is kept for --leave-one-out.")
     ] = 30.0,
@@ -85,6 +91,10 @@ def place_command(
     export: Annotated[
         list[str] | None, typer.Option(help="Also write an engine's format, as ENGINE:FILE, repeatable.")
     ] = None,
+    dense_layer: Annotated[
+        list[int] | None,
+        typer.Option(help="With --export and no model: a layer without experts, repeatable."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Also draw it, as .png or .svg, with a sweep of caps in a quarter of the time."),
@@ -96,34 +106,29 @@ def place_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Place experts on devices from routing traces: balance, traffic, and what both are worth on unseen tokens."""
-    from moecc.cli.place_inputs import (
-        devices_per_node,
-        model_step_cost,
-        read_links,
-        read_placement,
-        read_workloads,
-    )
+    from moecc.cli import place_inputs as inputs
     from moecc.files import check_writable
     from moecc.solvers.placement import PlacementProblem
 
-    workloads = read_workloads(traces, weight or [])
+    workloads = inputs.read_workloads(traces, weight or [])
     if check is not None:
         _check(check, workloads, as_json)
         return
     for path in (output, *([plot] if plot else [])):
         check_writable(path)
-    slots = slots_per_device or -(-workloads[0].num_experts // max(1, devices))
+    per_node = inputs.devices_per_node(devices, nodes)
+    slots = -(-workloads[0].num_experts // devices) if slots_per_device is None else slots_per_device
+    model = inputs.read_model(preset, hf_config, workloads[0])
+    exports = inputs.read_exports(export or [], dense_layer or [], model, workloads[0].layers)
     cost, notes = None, []
     if objective == "step":
-        cost, confidence = model_step_cost(
-            preset=preset,
-            hf_config=hf_config,
+        cost, confidence = inputs.model_step_cost(
+            model,
             device=device,
-            devices=devices,
             nodes=nodes,
+            devices=devices,
             slots=slots,
             tokens_per_device=tokens_per_device,
-            routing=workloads[0],
         )
         notes.append(f"times are predictions; {confidence}")
     choices: dict[str, Any] = {
@@ -135,26 +140,26 @@ def place_command(
     problem = PlacementProblem(
         workloads=workloads,
         devices=devices,
-        devices_per_node=devices_per_node(devices, nodes),
+        devices_per_node=per_node,
         slots_per_device=slots,
         max_imbalance=max_imbalance,
-        links=read_links(topology, devices, nodes) if topology else None,
+        links=inputs.read_links(topology, devices, nodes) if topology else None,
         step_cost=cost,
-        in_force=read_placement(from_) if from_ else None,
+        in_force=inputs.read_placement(from_) if from_ else None,
         max_moved_bytes=None if max_moved_gb is None else max_moved_gb * 1e9,
-        expert_bytes=round(expert_mb * 1e6),
+        expert_bytes=inputs.expert_bytes(expert_mb, model),
         time_limit_s=time_limit,
         seed=seed,
         workers=workers,
         **choices,
     )
-    _place(problem, output, export or [], plot, leave_one_out, notes, as_json)
+    _place(problem, output, exports, plot, leave_one_out, notes, as_json)
 
 
 def _place(
     problem: PlacementProblem,
     output: Path,
-    exports: list[str],
+    exports: Exports,
     plot: Path | None,
     leave_one_out: bool,
     notes: list[str],
@@ -173,24 +178,24 @@ def _place(
             leave_one_out=leave_one_out,
             progress=progress,
         )
-        files: dict[Path, str | bytes] = {output: placed.to_json()}
+        write_atomic(output, placed.to_json())
+        if placed.interrupted:
+            typer.echo(f"interrupted: {output} holds the best placement so far", err=True)
+        flags = exports.write(placed.solution.placement)
         if draw and plot:
-            files[plot] = draw(problem, placed, _swept(problem, placed, progress))
-    for path, content in files.items():
-        write_atomic(path, content)
-    if placed.solution.certificate.interrupted:
-        typer.echo(f"interrupted: {output} holds the best placement so far", err=True)
+            write_atomic(plot, draw(problem, placed, _swept(problem, placed, progress)))
+    files = [output, *(path for _, path in exports.files), *([plot] if plot else [])]
     if as_json:
-        typer.echo(json.dumps(_summary(placed, list(files), notes), indent=1))
+        typer.echo(json.dumps(_summary(placed, files, notes, flags), indent=1))
     else:
-        print_placed(placed, list(files), notes)
+        print_placed(placed, files, notes, flags)
 
 
 def _swept(problem: PlacementProblem, placed: Placed, progress: StageProgress) -> list[SweepPoint]:
     """The sweep's points, unless an interrupt asked to come to an end."""
     from moecc.solvers.placement.sweep import sweep
 
-    if placed.solution.certificate.interrupted:
+    if placed.interrupted:
         return []
     return sweep(problem, time_limit_s=problem.time_limit_s * SWEEP_SHARE, progress=progress)
 
@@ -204,12 +209,13 @@ def _plotter(plot: Path | None) -> Callable[[PlacementProblem, Placed, list[Swee
     return partial(draw_placed, image_format(plot))
 
 
-def _summary(placed: Placed, files: list[Path], notes: list[str]) -> dict[str, Any]:
+def _summary(placed: Placed, files: list[Path], notes: list[str], flags: list[str]) -> dict[str, Any]:
     return {
         "files": [str(path) for path in files],
         "certificate": asdict(placed.solution.certificate),
         "report": asdict(placed.report),
         "notes": notes,
+        "launch": flags,
     }
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
-from moecc.files import read_text
+from moecc.files import check_writable, read_text
 from moecc.frontend.trace import load_trace
 from moecc.solvers.placement import Placement
 from moecc.solvers.placement.links import Links
 from moecc.solvers.placement.step_cost import StepCost
 from moecc.solvers.routing import Routing
+
+if TYPE_CHECKING:
+    from moecc.frontend.spec import ModelSpec
 
 
 def read_workloads(traces: Sequence[str], weights: Sequence[float]) -> tuple[Routing, ...]:
@@ -71,24 +76,43 @@ def read_placement(path: Path) -> Placement:
     return Placement.from_json(text, where=str(path))
 
 
-def model_step_cost(
-    *,
-    preset: str | None,
-    hf_config: Path | None,
-    device: str,
-    devices: int,
-    nodes: int,
-    slots: int,
-    tokens_per_device: int,
-    routing: Routing,
-) -> tuple[StepCost, str]:
-    """The cost of the named model's expert layer on the named device, and how far it is to be trusted."""
+def read_model(preset: str | None, hf_config: Path | None, routing: Routing) -> ModelSpec | None:
+    """The model that the traces are of, if one is named."""
     from moecc.frontend.hf_config import load_hf_config, load_preset
     from moecc.frontend.trace import check_trace
+
+    if preset is None and hf_config is None:
+        return None
+    if preset is not None and hf_config is not None:
+        raise InputError("two models are named", where="--preset", hint="give --preset or --hf-config")
+    model = load_hf_config(hf_config) if hf_config else load_preset(str(preset), where="--preset")
+    check_trace(routing, model, "--preset" if preset else "--hf-config")
+    return model
+
+
+def expert_bytes(expert_mb: float | None, model: ModelSpec | None) -> int:
+    """Weights of one expert of one layer: as given, or gate, up and down of the model; 0 where nobody says."""
+    from moecc.hardware import DTYPE_BYTES
+
+    if expert_mb is not None:
+        if not (math.isfinite(expert_mb) and expert_mb > 0):
+            raise InputError(
+                f"{expert_mb} is not a size", where="--expert-mb", hint="give 1e6 bytes, such as 17.3"
+            )
+        return round(expert_mb * 1e6)
+    if model is None:
+        return 0
+    return 3 * model.hidden_size * model.intermediate_size * DTYPE_BYTES[model.dtype]
+
+
+def model_step_cost(
+    model: ModelSpec | None, *, device: str, devices: int, nodes: int, slots: int, tokens_per_device: int
+) -> tuple[StepCost, str]:
+    """The cost of the model's expert layer on the named device, and how far it is to be trusted."""
     from moecc.hardware import Cluster, load_device
     from moecc.passes.step_cost import step_cost
 
-    if (preset is None) == (hf_config is None):
+    if model is None:
         raise InputError(
             "the predicted time needs a model",
             where="--objective step",
@@ -98,10 +122,9 @@ def model_step_cost(
         raise InputError(
             f"{tokens_per_device} is not positive", where="--tokens-per-device", hint="use 1 or more"
         )
-    per_node = devices_per_node(devices, nodes)
-    model = load_hf_config(hf_config) if hf_config else load_preset(str(preset), where="--preset")
-    check_trace(routing, model, "--preset" if preset else "--hf-config")
-    cluster = Cluster(device=load_device(device), nodes=nodes, devices_per_node=per_node)
+    cluster = Cluster(
+        device=load_device(device), nodes=nodes, devices_per_node=devices_per_node(devices, nodes)
+    )
     cost = step_cost(
         cluster,
         hidden=model.hidden_size,
@@ -112,3 +135,48 @@ def model_step_cost(
         tokens_per_device=tokens_per_device,
     )
     return cost, cluster.device.confidence()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exports:
+    """Engines' files to write. moe_layers: the model's layer of every row; layers_total: with the dense ones."""
+
+    files: tuple[tuple[str, Path], ...]
+    layers_total: int
+    moe_layers: tuple[int, ...]
+
+    def write(self, placement: Placement) -> list[str]:
+        """Each file's line on how to launch its engine. Raises InputError where an engine cannot do it."""
+        from moecc.engines import export_placement
+
+        return [
+            f"{path} ({engine}): {export_placement(placement, self.layers_total, self.moe_layers, engine, path)}"
+            for engine, path in self.files
+        ]
+
+
+def read_exports(
+    wanted: Sequence[str], dense_layers: Sequence[int], model: ModelSpec | None, layers: int
+) -> Exports:
+    """ENGINE:FILE each. The model says which of its layers are dense, or dense_layers do."""
+    from moecc.engines.formats import format_named
+
+    files = []
+    for item in wanted:
+        engine, colon, file = item.partition(":")
+        if not colon or not file:
+            raise InputError(f"{item!r} names no file", where="--export", hint="use sglang:FILE")
+        format_named(engine)
+        check_writable(Path(file))
+        files.append((engine, Path(file)))
+    if model is not None:
+        return Exports(files=tuple(files), layers_total=model.layers, moe_layers=model.moe_layers)
+    total = layers + len(set(dense_layers))
+    moe_layers = tuple(sorted(set(range(total)) - set(dense_layers)))
+    if len(moe_layers) != layers:
+        raise InputError(
+            f"{list(dense_layers)} are not layers of a model of {total}",
+            where="--dense-layer",
+            hint=f"give layers in [0, {total})",
+        )
+    return Exports(files=tuple(files), layers_total=total, moe_layers=moe_layers)

@@ -23,13 +23,15 @@ _FIGURES = {
 }
 
 
-def print_placed(placed: Placed, files: Sequence[Path], notes: Sequence[str]) -> None:
+def print_placed(placed: Placed, files: Sequence[Path], notes: Sequence[str], flags: Sequence[str]) -> None:
     """The figures side by side, then what to know, then the files."""
     console, report = wide_console(), placed.report
     print_titled(console, _title(placed), _overview(report))
     print_titled(console, "Workloads, held-out sequences", _workloads(report))
     if report.unseen:
         print_titled(console, "Unseen workloads: each placed for by the others alone", _unseen(report))
+    if moves := report.moves:
+        _say(console, _moves(moves))
     for execution, sentence in report.affinity.items():
         _say(console, f"{execution}: {sentence}")
     for warning in report.warnings:
@@ -38,6 +40,8 @@ def print_placed(placed: Placed, files: Sequence[Path], notes: Sequence[str]) ->
     for note in (*report.assumptions, *notes, *filter(None, [certificate.note])):
         _say(console, f"note: {note}")
     _say(console, f"\nwritten: {', '.join(map(str, files))}")
+    for line in flags:
+        _say(console, line)
 
 
 def print_recheck(path: Path, found: Recheck) -> None:
@@ -52,6 +56,13 @@ def print_recheck(path: Path, found: Recheck) -> None:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
+
+
+def _moves(moves: Mapping[str, Any]) -> str:
+    return (
+        f"moves: {moves['experts']} experts, {moves['moved_bytes'] / 1e9:.2f} GB, in {len(moves['rounds'])} rounds;"
+        f" a device holds at most {moves['peak_extra_bytes'] / 1e9:.2f} GB beyond its slots meanwhile"
+    )
 
 
 def _title(placed: Placed) -> str:

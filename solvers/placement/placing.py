@@ -20,11 +20,13 @@ UNSEEN_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """identity: what the placement is compared with. report: its figures as plain data."""
+    """identity: what the placement is compared with. report: its figures as plain data. interrupted: Ctrl-C cut
+    something short, the search or what comes after it."""
 
     solution: Solution
     identity: Placement
     report: PlacingReport
+    interrupted: bool = False
 
     def to_json(self) -> str:
         """The text of `placement.json`."""
@@ -42,7 +44,8 @@ def place(
 
     problem.workloads are whole traces; problem.time_limit_s is for all solving together. leave_one_out solves once more
     without each workload, if there are several, and judges that placement on the workload it has not seen. An
-    interrupt ends the solve in progress with the best placement so far and skips the solves behind it.
+    interrupt ends the solve in progress with the best placement so far and skips the solves behind it; one while
+    judging begins that anew, a second one ends it.
     """
     report_progress = progress or _silent
     started = time.monotonic()
@@ -53,43 +56,56 @@ def place(
         replace(problem, workloads=training, time_limit_s=limit),
         partial(report_progress, "solve"),
     )
+    interrupted = solution.certificate.interrupted
     before = identity(problem)
     report_progress("judge", 0, 0)
-    report = judge(problem, before, solution.placement, layer_names=layer_names)
-    if others and not solution.certificate.interrupted:
+    try:
+        report = judge(problem, before, solution.placement, layer_names=layer_names)
+    except KeyboardInterrupt:
+        interrupted = True
+        report = judge(problem, before, solution.placement, layer_names=layer_names)
+    if others and not interrupted:
         least = problem.time_limit_s * UNSEEN_SHARE / 2
         left = max(least, problem.time_limit_s - (time.monotonic() - started))
-        unseen, notes = _unseen(problem, before, left / others, report_progress)
-        report = replace(report, unseen=unseen, warnings=report.warnings + notes)
-    return Placed(solution=solution, identity=before, report=report)
+        unseen, interrupted = _unseen(problem, before, left / others, report_progress)
+        found = [
+            f"solved without {row['workload']!r}, worse than identity on it: {row['worse']}"
+            for row in unseen
+            if row["worse"]
+        ]
+        report = replace(report, unseen=unseen, warnings=report.warnings + found)
+    if interrupted and len(report.unseen) < others:
+        report.warnings.append("interrupted: not every workload was tried unseen")
+    return Placed(solution=solution, identity=before, report=report, interrupted=interrupted)
 
 
 def _unseen(
     problem: PlacementProblem, before: Placement, limit: float, progress: StageProgress
-) -> tuple[list[Figures], list[str]]:
-    """A row for every workload, solved without it and judged on its held-out half; and the warnings."""
+) -> tuple[list[Figures], bool]:
+    """A row for every workload, solved without it and judged on its held-out half; and whether that was cut short."""
     training, held_out = halves(problem)
     rows: list[Figures] = []
-    warnings = []
-    for index, routing in enumerate(held_out):
-        rest = training[:index] + training[index + 1 :]
-        solution = solve(
-            replace(problem, workloads=rest, time_limit_s=limit),
-            partial(progress, f"without {routing.name}"),
-        )
-        alone = replace(problem, workloads=(routing,))
-        row = {
-            side: figures(placement, alone)["workloads"][routing.name]
-            for side, placement in (("before", before), ("after", solution.placement))
-        }
-        what = worse(row["before"], row["after"], problem.execution)
-        rows.append({"workload": routing.name, **row, "worse": what, "wall_s": solution.certificate.wall_s})
-        if what:
-            warnings.append(f"solved without {routing.name!r}, worse than identity on it: {what}")
-        if solution.certificate.interrupted:
-            warnings.append(f"interrupted: unseen workloads after {routing.name!r} were not tried")
-            break
-    return rows, warnings
+    try:
+        for index, routing in enumerate(held_out):
+            rest = training[:index] + training[index + 1 :]
+            solution = solve(
+                replace(problem, workloads=rest, time_limit_s=limit),
+                partial(progress, f"without {routing.name}"),
+            )
+            alone = replace(problem, workloads=(routing,))
+            row = {
+                side: figures(placement, alone)["workloads"][routing.name]
+                for side, placement in (("before", before), ("after", solution.placement))
+            }
+            what = worse(row["before"], row["after"], problem.execution)
+            rows.append(
+                {"workload": routing.name, **row, "worse": what, "wall_s": solution.certificate.wall_s}
+            )
+            if solution.certificate.interrupted:
+                return rows, True
+    except KeyboardInterrupt:
+        return rows, True
+    return rows, False
 
 
 def _silent(stage: str, done: int, total: int) -> None:

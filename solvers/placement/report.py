@@ -11,6 +11,7 @@ import numpy as np
 
 from moecc.solvers.placement.check import evaluate_all, objective_of
 from moecc.solvers.placement.check_balance import imbalance_of
+from moecc.solvers.placement.moves import plan_moves
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import Execution, PlacementProblem
 from moecc.solvers.routing import Routing
@@ -30,8 +31,9 @@ class PlacingReport:
     execution: the weighted mean of the workloads' Metrics, `pooled_imbalance`, `balance_imbalance` (by the requested
     balance), `objective` (what was minimised), and the Metrics of each of `workloads`. in_sample: the same on the
     sequences that were solved on. executions: held-out figures under `home` and under `migrate`. affinity: a sentence
-    for each on what inter-layer affinity is worth. layers: of each layer imbalance and fan-out. unseen: of each
-    workload the figures of a placement solved without it; empty where that was not done. warnings: what to know
+    for each on what inter-layer affinity is worth. layers: of each layer imbalance and fan-out. moves: from the
+    placement in force, if there is one: a MovePlan, its moves as rows of layer, expert, source, target. unseen: of
+    each workload the figures of a placement solved without it; empty where that was not done. warnings: what to know
     before using the placement.
     """
 
@@ -44,6 +46,7 @@ class PlacingReport:
     executions: dict[str, dict[str, Figures]]
     affinity: dict[str, str]
     layers: list[Figures]
+    moves: Figures = field(default_factory=dict)
     unseen: list[Figures] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
@@ -66,8 +69,7 @@ def judge(
     on_held_out = replace(problem, workloads=held_out)
     executions: dict[str, dict[str, Figures]] = {
         execution: {
-            side: figures(placement, replace(on_held_out, execution=execution))
-            for side, placement in sides.items()
+            side: figures(placement, _under(on_held_out, execution)) for side, placement in sides.items()
         }
         for execution in EXECUTIONS
     }
@@ -86,6 +88,7 @@ def judge(
             {"layer": name} | _layer(index, sides, held_out)
             for index, name in enumerate(layer_names or range(problem.layers))
         ],
+        moves=moves(problem, after),
         warnings=_warnings(problem, in_sample, chosen),
         assumptions=sorted({routing.assumption for routing in problem.workloads} - {""}),
     )
@@ -110,10 +113,42 @@ def figures(placement: Placement, problem: PlacementProblem) -> Figures:
     }
 
 
+def moves(problem: PlacementProblem, after: Placement) -> Figures:
+    """Empty without a placement in force."""
+    if problem.in_force is None:
+        return {}
+    plan = plan_moves(problem.in_force, after, problem.expert_bytes)
+    return {
+        "experts": len(plan.moves),
+        "moved_bytes": plan.moved_bytes,
+        "peak_extra_bytes": plan.peak_extra_bytes,
+        "rounds": list(plan.rounds),
+        "schedule": [[move.layer, move.expert, move.source, move.target] for move in plan.moves],
+    }
+
+
+def _under(problem: PlacementProblem, execution: Execution) -> PlacementProblem:
+    """The problem under either execution; what it minimises may exist under its own alone."""
+    if execution == problem.execution:
+        return problem
+    return replace(problem, execution=execution, objective="traffic")
+
+
 def request(problem: PlacementProblem) -> Figures:
-    """The fields of the problem that are plain values, without the workloads."""
-    values = {f.name: getattr(problem, f.name) for f in fields(problem)}
-    return {name: value for name, value in values.items() if isinstance(value, str | int | float | None)}
+    """The problem as plain values, without its workloads and the placement in force."""
+    values: Figures = {f.name: getattr(problem, f.name) for f in fields(problem)}
+    plain: Figures = {k: v for k, v in values.items() if isinstance(v, str | int | float | None)}
+    if problem.links is not None:
+        links = problem.links
+        plain["links"] = {
+            "tiers": list(links.tiers),
+            "tier": links.tier.tolist(),
+            "cost": links.cost.tolist(),
+        }
+    if problem.step_cost is not None:
+        cost = asdict(problem.step_cost)
+        plain["step_cost"] = {k: list(v) if isinstance(v, tuple) else v for k, v in cost.items()}
+    return plain
 
 
 def fingerprint(routing: Routing) -> Figures:

@@ -1,4 +1,4 @@
-"""What balance costs in traffic: one short solve for every cap on imbalance."""
+"""What balance costs in traffic: one short solve for every cap on imbalance, on a few of the layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.report import COSTS, figures, halves
 from moecc.solvers.placement.solve import solve
 
-CAPS = (1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, None)
+CAPS = (1.03, 1.07, 1.12, 1.2, 1.35, None)
+LAYERS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,15 @@ class SweepPoint:
     cost: float
 
 
+def swept_layers(problem: PlacementProblem) -> list[int]:
+    """The layers that a sweep solves: spread evenly; under `migrate`, where neighbours matter, a run in the middle."""
+    count = min(LAYERS, problem.layers)
+    if problem.execution == "migrate":
+        first = (problem.layers - count) // 2
+        return list(range(first, first + count))
+    return [(2 * i + 1) * problem.layers // (2 * count) for i in range(count)]
+
+
 def sweep(
     problem: PlacementProblem,
     *,
@@ -33,30 +43,41 @@ def sweep(
 ) -> list[SweepPoint]:
     """Solve `traffic` under every cap, all in time_limit_s; an interrupt ends the sweep with the points it has.
 
-    problem.workloads are whole traces, halved as everywhere.
+    problem.workloads are whole traces, halved as everywhere; only swept_layers of them are solved and judged.
     """
-    training, _ = halves(problem)
+    few = _only(problem, swept_layers(problem))
+    training, _ = halves(few)
     points = []
     for cap in caps:
         task = replace(
-            problem,
+            few,
             workloads=training,
             objective="traffic",
             max_imbalance=cap,
             time_limit_s=time_limit_s / len(caps),
         )
         label = "no cap" if cap is None else f"cap {cap:g}"
-        solution = solve(task, None if progress is None else partial(progress, f"sweep: {label}"))
-        points.append(sweep_point(label, solution.placement, problem, cap=cap))
+        solution = solve(task, None if progress is None else partial(progress, "sweep of caps"))
+        points.append(_judged(label, solution.placement, few, cap))
         if solution.certificate.interrupted:
             break
     return points
 
 
-def sweep_point(
-    label: str, placement: Placement, problem: PlacementProblem, *, cap: float | None = None
-) -> SweepPoint:
-    """Any placement among the points of a sweep."""
+def sweep_point(label: str, placement: Placement, problem: PlacementProblem) -> SweepPoint:
+    """A placement of all layers, judged on the layers of the sweep."""
+    layers = swept_layers(problem)
+    rows = placement.physical_to_logical[layers]
+    return _judged(label, replace(placement, physical_to_logical=rows), _only(problem, layers), None)
+
+
+def _only(problem: PlacementProblem, layers: Sequence[int]) -> PlacementProblem:
+    """Without the placement in force, which is one of all layers."""
+    few = tuple(replace(r, topk_ids=r.topk_ids[:, list(layers)]) for r in problem.workloads)
+    return replace(problem, workloads=few, in_force=None, max_moved_bytes=None)
+
+
+def _judged(label: str, placement: Placement, problem: PlacementProblem, cap: float | None) -> SweepPoint:
     found = figures(placement, replace(problem, workloads=halves(problem)[1]))
     return SweepPoint(
         label=label, cap=cap, imbalance=found["balance_imbalance"], cost=found[COSTS[problem.execution]]
