@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError
+from moecc.solvers.placement.check_balance import imbalance_of
+from moecc.solvers.placement.check_step import step_us
 from moecc.solvers.placement.check_traffic import (
     Floats,
     Mask,
@@ -153,11 +155,24 @@ def _mean(each: Sequence[Metrics], shares: Sequence[float]) -> Metrics:
     return Metrics(**means, copies=copies)
 
 
-def objective_of(evaluation: Evaluation, problem: PlacementProblem) -> float:
-    """The figure that the problem minimises."""
+def objective_of(placement: Placement, problem: PlacementProblem, evaluation: Evaluation) -> float:
+    """The figure that the problem minimises, on the problem's workloads; evaluation: of the placement on them."""
     if problem.objective == "load":
-        return evaluation.imbalance(problem.balance)
+        return imbalance_of(placement, problem)
+    if problem.objective == "step":
+        return step_us(placement, problem)
     return evaluation.mean.fan_out if problem.execution == "home" else evaluation.mean.hops
+
+
+def moved_experts(old: Placement, new: Placement) -> int:
+    """How many experts devices receive that they do not hold yet, all layers together; device d stays device d."""
+    moved = 0
+    for before, after in zip(old.physical_to_logical.tolist(), new.physical_to_logical.tolist(), strict=True):
+        for device in range(new.devices):
+            held = set(before[device * old.slots_per_device : (device + 1) * old.slots_per_device])
+            wanted = set(after[device * new.slots_per_device : (device + 1) * new.slots_per_device])
+            moved += len(wanted - held)
+    return moved
 
 
 def _require_match(placement: Placement, routing: Routing, links: Links | None) -> None:

@@ -28,6 +28,10 @@ def reached(held: Mask, ids: NDArray[np.int16]) -> Mask:
     if (held.sum(axis=1) == 1).all():
         return np.asarray(options.any(axis=1))
     used = np.zeros((len(ids), held.shape[1]), np.bool_)
+    if (held.sum(axis=0) == 1).all():
+        # No device has two of a token's experts: the cover takes each on its lowest device.
+        np.put_along_axis(used, held.argmax(axis=1)[ids], True, 1)
+        return used
     open_ = np.ones(ids.shape, np.bool_)
     while open_.any():
         tokens = np.flatnonzero(open_.any(axis=1))

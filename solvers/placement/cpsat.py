@@ -54,6 +54,7 @@ class _Build:
     holds: list[list[list[Any]]] = field(default_factory=list)
     traffic: list[tuple[Any, int, float]] = field(default_factory=list)
     peaks: list[tuple[Any, int, float]] = field(default_factory=list)
+    received: list[Any] = field(default_factory=list)
     slack: float = 0.0
 
     @property
@@ -85,6 +86,8 @@ def solve_layers(work: Work, group: Sequence[int], effort: float, until: float) 
                 _count_devices(build, index, holds)
         else:
             _count_hops(build)
+    if problem.max_moves is not None:
+        build.model.add(sum(build.received) <= problem.max_moves)
     terms = build.peaks if problem.objective == "load" else build.traffic
     scaled = scale_to_integers([coefficient for _, _, coefficient in terms])
     build.slack += scaled.error * sum(largest for _, largest, _ in terms)
@@ -120,7 +123,10 @@ def _hold_experts(build: _Build, index: int) -> None:
     for device in range(problem.devices):
         model.add(sum(row[device] for row in holds) == problem.slots_per_device)
     label = np.arange(problem.devices)
-    if problem.execution == "home" or problem.objective == "load":
+    kept = build.work.kept
+    if kept is not None:
+        build.received += [holds[e][d] for e, d in np.argwhere(~kept[index]).tolist()]
+    elif problem.execution == "home" or problem.objective == "load":
         # Devices are interchangeable: number them by their lowest expert. Landings break ties by number, so not there.
         order = list(dict.fromkeys(layer.device_of[np.argsort(layer.experts, kind="stable")].tolist()))
         label[order] = np.arange(problem.devices)

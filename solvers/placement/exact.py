@@ -12,6 +12,7 @@ from moecc.solvers.placement.cpsat import WORK, Proof, solve_layers
 from moecc.solvers.placement.home import fan_out, patterns
 from moecc.solvers.placement.layers import Work, remaining
 from moecc.solvers.placement.migrate import summed_hops
+from moecc.solvers.placement.proofs import prove_chain, prove_steps
 from moecc.solvers.placement.search import TOLERANCE
 
 MAX_EXPERTS, MAX_DEVICES, MAX_PATTERNS = 16, 4, 300
@@ -23,10 +24,16 @@ IMPORT_ALLOWANCE_S = 1.0
 def prove(work: Work) -> None:
     """Improve and certify what is small enough; everything else is left as it is."""
     problem = work.problem
+    if problem.objective == "step":
+        prove_steps(work)
+        return
+    if work.proven is not None:
+        return
     everything = range(problem.layers)
-    # Landings couple layers, and so does a cap on their mean: then only all layers together can be proven.
+    # Landings couple layers, and so do a cap on their mean and a budget of moves: then all layers are proven together.
     coupled = problem.objective == "traffic" and problem.layers > 1
     coupled &= problem.execution == "migrate" or problem.max_imbalance is not None
+    coupled |= work.kept is not None and problem.layers > 1
     if coupled and problem.layers > MAX_COUPLED_LAYERS:
         return
     groups = [list(everything)] if coupled else [[index] for index in everything]
@@ -41,6 +48,12 @@ def prove(work: Work) -> None:
         proof = solve_layers(work, group, WORK / len(groups), until)
         _use(work, group, proof)
         work.tick(count + 1, len(groups))
+
+
+def chained(work: Work) -> bool:
+    """Whether `migrate` was solved along the chain of layers; neither a cap nor a budget may couple them further."""
+    free = work.problem.max_imbalance is None and work.kept is None
+    return free and work.problem.layers > 1 and prove_chain(work)
 
 
 def _fits(work: Work, group: Sequence[int]) -> bool:

@@ -1,16 +1,24 @@
-"""Traffic under `migrate`: a layer is searched between the landings of its neighbours, in sweeps over the layers."""
+"""Traffic under `migrate`: all layers annealed together, then each searched between the landings of its neighbours."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
 from moecc.solvers.placement.balance import Floats, Ints
-from moecc.solvers.placement.layers import LayerState, Work
-from moecc.solvers.placement.search import TOLERANCE, reduce_traffic
-from moecc.solvers.placement.start import gathered_start
-from moecc.solvers.placement.traffic import MigrateRows, TrafficRows, home_rows, token_weights
+from moecc.solvers.placement.chain import Singles, anneal, follow_table, pull
+from moecc.solvers.placement.layers import Work
+from moecc.solvers.placement.search import TOLERANCE, reduce_cost
+from moecc.solvers.placement.traffic import MigrateRows, SwapTable, token_weights
 
 SWEEPS = 4
+ANNEALING = 0.35
+"""Share of the time left for the first phase, on a machine too slow to end it sooner."""
+PAIRS = 2.0
+"""Hops that a share of 1 of the pairs of experts is worth. On DeepSeek-V2-Lite's traces, 8 devices, a search for hops
+alone ended at 0.338 hops and 4.16 devices per token and layer on held-out sequences; with 1.5, at 0.371 and 3.63."""
+STARTS = 8
 
 
 class Tokens:
@@ -40,83 +48,145 @@ class Tokens:
 
 
 def search_migrate(work: Work) -> None:
-    """First layer by layer forwards, then sweeps back and forth until one gains nothing."""
-    tokens, count = Tokens(work), len(work.layers)
-    total = (SWEEPS + 1) * count
+    """Experts of all layers gathered by the pairs that tokens choose one after the other, then sweeps back and forth
+    that lower hops, and hold on to the pairs, until one gains nothing; devices that tokens move between share a node.
+
+    Pairs guide because hops alone are cheap to fake: tokens that all land on one device for one expert make no hop, but
+    fetch the others (see PAIRS).
+    """
+    count = len(work.layers)
     if count == 1:
         return
-    _forward(work, tokens, total)
-    before = tokens.hops()
-    for sweep in range(SWEEPS):
-        order = range(count) if sweep % 2 else range(count - 1, -1, -1)
-        for step, index in enumerate(order):
-            neighbours = [n for n in (index - 1, index + 1) if 0 <= n < count]
-            rows = tokens.rows(work, index, neighbours)
-            parts_left = (SWEEPS - sweep) * count - step
-            _improve(work, tokens, rows, index, work.layers[index].device_of, parts_left, sweep)
-            work.tick((sweep + 1) * count + step + 1, total)
-        after = tokens.hops()
-        if after > before - TOLERANCE:
-            break
-        before = after
+    total, table = (SWEEPS + 1) * count, follow_table(work)
+    begun = [layer.device_of for layer in work.layers]
+    anneal(work, table, ANNEALING)
+    tokens = Tokens(work)
+    work.tick(count, total)
+    before = np.inf
+    over: set[int] = {i for i, layer in enumerate(work.layers) if layer.imbalance > work.caps[i] + TOLERANCE}
+    try:
+        for sweep in range(SWEEPS):
+            for step in range(count):
+                index = step if sweep % 2 else count - 1 - step
+                if _improve(work, tokens, table, index, (SWEEPS - sweep) * count - step, sweep):
+                    over.discard(index)
+                work.tick((sweep + 1) * count + step + 1, total)
+            after = tokens.hops() - PAIRS * _paired(work, table)
+            if after > before - TOLERANCE:
+                break
+            before = after
+    finally:
+        # A layer that no search brought within its cap goes back to where it was.
+        for index in over:
+            work.layers[index].device_of = begun[index]
     work.tick(total, total)
 
 
-def _forward(work: Work, tokens: Tokens, total: int) -> None:
-    """Layer 0 gathers experts that are chosen together; every later layer follows the landings of the one before."""
-    saved, hops, better = [layer.device_of for layer in work.layers], tokens.hops(), False
-    try:
-        for index, layer in enumerate(work.layers):
-            if index == 0:
-                home = home_rows(work.problem, 0, layer.experts)
-                begin = gathered_start(home.ids, home.weight, layer.experts, work.problem.devices)
-                _improve(work, tokens, home, 0, begin, total, SWEEPS)
-            else:
-                begin = _follow(layer, tokens.ids[:, index], tokens.weight, tokens.land[index - 1])
-                rows = tokens.rows(work, index, [index - 1])
-                _improve(work, tokens, rows, index, begin, total - index, SWEEPS)
-            work.tick(index + 1, total)
-        better = tokens.hops() <= hops
-    finally:
-        if not better:
-            for index, (layer, device_of) in enumerate(zip(work.layers, saved, strict=True)):
-                layer.device_of = device_of
-                tokens.land_anew(work, index)
+class _PairedSwaps(SwapTable):
+    """Hops less PAIRS times the pairs; worth: [units, devices], what pairs a unit brings to each device."""
+
+    def __init__(self, rows: MigrateRows, device_of: Ints, worth: Floats) -> None:
+        super().__init__(rows, device_of)
+        self.price = -PAIRS * worth
+
+    @property
+    def cost(self) -> float:
+        units = np.arange(self.units)
+        return super().cost + float(self.price[units, self.device_of[:-1]].sum())
+
+    def changes(self) -> Floats:
+        there = self.price[:, self.device_of[:-1]]
+        moved = there - there.diagonal()[:, None]
+        return super().changes() + moved + moved.T
 
 
-def _improve(
-    work: Work, tokens: Tokens, rows: TrafficRows, index: int, begin: Ints, parts_left: int, sweep: int
-) -> None:
-    """Search one layer from `begin` and let its tokens land anew; nothing changes if the cap was never met."""
-    found = reduce_traffic(
-        rows,
-        work.layers[index].table,
-        begin,
+def _improve(work: Work, tokens: Tokens, table: Singles, index: int, parts_left: int, sweep: int) -> bool:
+    """Search one layer between its neighbours and let its tokens land anew; False if the cap was never met."""
+    layer, count = work.layers[index], len(work.layers)
+    rows = tokens.rows(work, index, [n for n in (index - 1, index + 1) if 0 <= n < count])
+    found = reduce_cost(
+        _PairedSwaps(rows, layer.device_of, pull(work, table, index)),
+        layer.experts,
+        layer.table,
         cap=float(work.caps[index]),
         budget=4 * work.problem.slots,
         rng=work.rng(index, 2 + sweep),
         clock=work.clock,
         until=work.clock.slice(parts_left),
     )
-    if found is not None:
-        work.layers[index].device_of = found.device_of
-        tokens.land_anew(work, index)
+    if found is None:
+        return False
+    layer.device_of = found.device_of
+    tokens.land_anew(work, index)
+    return True
 
 
-def _follow(layer: LayerState, ids: Ints, weight: Floats, land: Ints) -> Ints:
-    """Each expert to the device where most of its tokens come from, the strongest ties first, while slots last."""
-    units, devices = len(layer.experts), layer.table.devices
-    if layer.experts[-1] + 1 != units:
-        return layer.device_of
-    flat = ids.astype(np.int64) * devices + land[:, None]
-    pull = np.bincount(flat.ravel(), np.repeat(weight, ids.shape[1]), minlength=units * devices)
-    device_of, free = np.full(units, -1), np.bincount(layer.device_of, minlength=devices)
-    for pair in np.argsort(-pull, kind="stable"):
-        unit, device = divmod(int(pair), devices)
-        if device_of[unit] < 0 and free[device]:
-            device_of[unit] = device
-            free[device] -= 1
-    return device_of
+def _paired(work: Work, table: Singles) -> float:
+    """Pairs on one device, summed over transitions."""
+    each = (
+        pull(work, table, index)[np.arange(len(layer.experts)), layer.device_of].sum()
+        for index, layer in enumerate(work.layers)
+    )
+    # Every transition was counted from both of its layers.
+    return float(sum(each)) / 2
+
+
+def join_nodes(work: Work) -> None:
+    """One renaming of the devices of all layers so that hops stay within nodes; hops are not given up for it."""
+    problem = work.problem
+    nodes = problem.devices // problem.devices_per_node
+    if nodes == 1 or problem.devices_per_node == 1 or problem.layers == 1:
+        return
+    tokens = Tokens(work)
+    flows = np.zeros((problem.devices, problem.devices))
+    for before, after in itertools.pairwise(tokens.land):
+        np.add.at(flows, (before, after), tokens.weight)
+    name = grouped(flows + flows.T, problem.devices_per_node, work.rng(0, 97))
+    saved, hops = [layer.device_of for layer in work.layers], tokens.hops()
+    crossings = _crossings(tokens, problem.devices_per_node)
+    better = False
+    try:
+        for index, layer in enumerate(work.layers):
+            layer.device_of = name[layer.device_of]
+            tokens.land_anew(work, index)
+        # Landings break ties by device number, so a new name can change them.
+        crossed = _crossings(tokens, problem.devices_per_node)
+        better = tokens.hops() <= hops + TOLERANCE and crossed < crossings
+    finally:
+        if not better:
+            for layer, device_of in zip(work.layers, saved, strict=True):
+                layer.device_of = device_of
+
+
+def grouped(flows: Floats, size: int, rng: np.random.Generator) -> Ints:
+    """[devices]: new names so that consecutive `size` names hold what flows among them; flows: symmetric.
+
+    The best of some starts, each improved by the best exchange of two until none helps (Kernighan and Lin, 1970).
+    """
+    devices = len(flows)
+    flows = flows * (1 - np.eye(devices))
+    best, best_inside = np.arange(devices), -np.inf
+    for start in range(STARTS):
+        node = np.arange(devices) // size
+        if start:
+            node = rng.permutation(node)
+        while True:
+            to = flows @ np.eye(devices // size)[node]
+            gain = to[:, node] - to[np.arange(devices), node][:, None]
+            gain = np.where(node[:, None] == node, -np.inf, gain + gain.T - 2 * flows)
+            u, v = divmod(int(gain.argmax()), devices)
+            if gain[u, v] <= TOLERANCE:
+                break
+            node[[u, v]] = node[[v, u]]
+        inside = float(to[np.arange(devices), node].sum())
+        if inside > best_inside + TOLERANCE:
+            best, best_inside = np.argsort(np.argsort(node, kind="stable"), kind="stable"), inside
+    return best
+
+
+def _crossings(tokens: Tokens, devices_per_node: int) -> float:
+    node = tokens.land // devices_per_node
+    return float(((node[1:] != node[:-1]) @ tokens.weight).sum())
 
 
 def summed_hops(work: Work) -> float:

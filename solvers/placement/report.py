@@ -108,7 +108,7 @@ def figures(placement: Placement, problem: PlacementProblem) -> Figures:
         **asdict(evaluation.mean),
         "pooled_imbalance": evaluation.pooled_imbalance,
         "balance_imbalance": imbalance,
-        "objective": imbalance if problem.objective == "load" else objective_of(evaluation, problem),
+        "objective": objective_of(placement, problem, evaluation),
         "workloads": {name: asdict(metrics) for name, metrics in evaluation.workloads.items()},
     }
 

@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from moecc.errors import MoeccError
 from moecc.solvers.placement.bounds import lower_bound
-from moecc.solvers.placement.check import Evaluation, evaluate_all, objective_of
+from moecc.solvers.placement.carry import match_devices
+from moecc.solvers.placement.check import evaluate_all, moved_experts, objective_of
 from moecc.solvers.placement.check_balance import imbalance_of
-from moecc.solvers.placement.exact import prove
+from moecc.solvers.placement.exact import chained, prove
 from moecc.solvers.placement.home import fan_out, group_nodes, search_home
-from moecc.solvers.placement.layers import Work, balance, begin, spread_cap
-from moecc.solvers.placement.migrate import search_migrate, summed_hops
-from moecc.solvers.placement.placement import INTERRUPTED, Certificate, Solution, Status
+from moecc.solvers.placement.layers import Work, balance, begin, spread_cap, start_from
+from moecc.solvers.placement.migrate import join_nodes, search_migrate, summed_hops
+from moecc.solvers.placement.parallel import Team
+from moecc.solvers.placement.placement import INTERRUPTED, Certificate, Placement, Solution, Status
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.search import TOLERANCE, Clock
 from moecc.solvers.placement.start import to_placement
+from moecc.solvers.placement.step import layer_us, least_us, search_step
+from moecc.solvers.placement.within import search_within, start_in_force
 
 Progress = Callable[[int, int], None]
 
 
-def solve(problem: PlacementProblem, progress: Progress | None = None) -> Solution:
+def solve(
+    problem: PlacementProblem, progress: Progress | None = None, *, start: Placement | None = None
+) -> Solution:
     """The best placement found within problem.time_limit_s, checked, with a certificate.
 
-    progress is called as progress(steps done, steps of this phase). An interrupt (Ctrl-C) returns the best
-    placement so far. The same problem gives the same answer unless the clock ended the search. Raises MoeccError if
-    the independent check disagrees with the solver.
+    start: a placement of the same shape to search from. progress is called as progress(steps done, steps of this
+    phase). An interrupt (Ctrl-C) returns the best placement so far. The same problem gives the same answer unless the
+    clock ended the search. Raises MoeccError if the independent check disagrees with the solver.
     """
     started = time.monotonic()
     clock = Clock(deadline=started + problem.time_limit_s)
     work = begin(problem, clock, progress or _silent)
+    if start is not None:
+        start_from(work, start)
+    if problem.max_moves is not None:
+        start_in_force(work)
     placement = to_placement(problem, [(layer.experts, layer.device_of) for layer in work.layers])
     timed = time.monotonic()
     evaluate_all(placement, problem.workloads, problem.execution)
@@ -41,34 +52,70 @@ def solve(problem: PlacementProblem, progress: Progress | None = None) -> Soluti
     clock.deadline -= 2.5 * (time.monotonic() - timed) + 0.01
     interrupted = False
     try:
-        _improve(work)
+        with Team(problem.workers) as team:
+            _improve(work, team)
     except KeyboardInterrupt:
         interrupted = True
     placement = to_placement(problem, [(layer.experts, layer.device_of) for layer in work.layers])
+    if problem.in_force is not None:
+        placement = _from_in_force(work, problem.in_force, placement)
     evaluation = evaluate_all(placement, problem.workloads, problem.execution)
     imbalance = imbalance_of(placement, problem)
-    _require_agreement(work, evaluation, imbalance)
+    objective = objective_of(placement, problem, evaluation)
+    _require_agreement(work, objective, imbalance)
     if interrupted:
         work.notes.append(INTERRUPTED)
-    certificate = _certify(work, evaluation, imbalance, interrupted or clock.cut, started)
+    certificate = _certify(work, objective, imbalance, interrupted or clock.cut, started)
     return Solution(placement=placement, certificate=certificate)
 
 
-def _improve(work: Work) -> None:
+def _improve(work: Work, team: Team) -> None:
     problem = work.problem
-    reachable = True
-    if problem.objective == "load" or problem.max_imbalance is not None:
-        balance(work, stop_at=1.0)
-    if problem.max_imbalance is not None:
-        reachable = spread_cap(work, problem.max_imbalance)
+    if problem.max_moves is not None:
+        search_within(work)
+        prove(work)
+        return
+    reachable = _balance(work, team)
     if problem.objective == "traffic" and reachable:
         if problem.execution == "home":
-            search_home(work)
-        else:
+            team.run(work, search_home)
+        elif not chained(work):
             search_migrate(work)
+    if problem.objective == "step" and reachable:
+        team.run(work, search_step)
     prove(work)
-    if problem.execution == "home":
-        group_nodes(work)
+    if problem.execution == "home" and problem.objective != "step":
+        team.run(work, group_nodes)
+    if problem.execution == "migrate" and problem.objective == "traffic":
+        join_nodes(work)
+
+
+def _balance(work: Work, team: Team) -> bool:
+    """As even as the objective or the cap asks for, no more: traffic is searched from there. False if over the cap."""
+    problem, cap = work.problem, work.problem.max_imbalance
+    if cap is not None and problem.objective != "load":
+        team.run(work, partial(balance, stop_at=cap))
+        if any(layer.imbalance > cap for layer in work.layers):
+            team.run(work, partial(balance, stop_at=1.0))
+    elif problem.objective != "traffic":
+        team.run(work, partial(balance, stop_at=1.0))
+    return cap is None or spread_cap(work, cap)
+
+
+def _from_in_force(work: Work, in_force: Placement, placement: Placement) -> Placement:
+    """With devices named after those that hold most of their experts already; the budget is checked."""
+    problem = work.problem
+    if problem.max_moves is None:
+        placement = match_devices(problem, in_force, placement)
+    moved = moved_experts(in_force, placement)
+    if problem.max_moves is not None and moved > problem.max_moves:
+        raise MoeccError(
+            f"the solver moves {moved} experts, {problem.max_moves} are allowed",
+            where="placement",
+            hint="this is a bug of moecc: please report it with the problem's seed and trace",
+        )
+    work.notes.append(f"moves {moved} of {placement.layers * placement.slots} experts")
+    return placement
 
 
 def _silent(done: int, total: int) -> None:
@@ -79,23 +126,17 @@ def _solver_objective(work: Work) -> float:
     problem = work.problem
     if problem.objective == "load":
         return work.mean_imbalance
+    if problem.objective == "step":
+        return float(np.mean([layer_us(work, index) for index in range(problem.layers)]))
     if problem.execution == "home":
         return float(np.mean([fan_out(work, index) for index in range(problem.layers)]))
     return summed_hops(work) / max(1, problem.layers - 1)
 
 
-def _checked_objective(problem: PlacementProblem, evaluation: Evaluation, imbalance: float) -> float:
-    return imbalance if problem.objective == "load" else objective_of(evaluation, problem)
-
-
-def _require_agreement(work: Work, evaluation: Evaluation, checked_imbalance: float) -> None:
+def _require_agreement(work: Work, objective: float, imbalance: float) -> None:
     for what, own, checked in (
-        (
-            "objective",
-            _solver_objective(work),
-            _checked_objective(work.problem, evaluation, checked_imbalance),
-        ),
-        ("imbalance", work.mean_imbalance, checked_imbalance),
+        ("objective", _solver_objective(work), objective),
+        ("imbalance", work.mean_imbalance, imbalance),
     ):
         if abs(own - checked) > 1e-9 * max(1.0, abs(checked)):
             raise MoeccError(
@@ -105,9 +146,8 @@ def _require_agreement(work: Work, evaluation: Evaluation, checked_imbalance: fl
             )
 
 
-def _certify(work: Work, evaluation: Evaluation, imbalance: float, cut: bool, started: float) -> Certificate:
+def _certify(work: Work, objective: float, imbalance: float, cut: bool, started: float) -> Certificate:
     problem, notes = work.problem, list(work.notes)
-    objective = _checked_objective(problem, evaluation, imbalance)
     bound = _bound(work, objective)
     if bound is None:
         notes.append("no useful bound at this size")
@@ -125,7 +165,7 @@ def _certify(work: Work, evaluation: Evaluation, imbalance: float, cut: bool, st
             f"max_imbalance {cap:g} is not met: imbalance {imbalance:.6g}; "
             + ("proven impossible" if proven else "the search found nothing lower, which proves nothing")
         )
-        if problem.objective == "traffic":
+        if problem.objective != "load":
             bound = None
     gap = None if bound is None else 0.0 if status == "optimal" else max(0.0, (objective - bound) / objective)
     return Certificate(
@@ -157,6 +197,13 @@ def _bound(work: Work, objective: float) -> float | None:
                     max(lower_bound(layer.table, width), bound or 1.0)
                     for layer, bound in zip(work.layers, work.bounds, strict=True)
                 ]
+            )
+        )
+    if problem.objective == "step":
+        lowest = least_us(work)
+        return float(
+            np.mean(
+                [max(lowest_us, bound or 0.0) for lowest_us, bound in zip(lowest, work.bounds, strict=True)]
             )
         )
     known = [bound for bound in work.bounds if bound is not None]

@@ -247,13 +247,15 @@ def layer_us(work: Work, index: int) -> float:
     return rate.fixed + StepSwaps(rows, layer.table, rate, layer.device_of).cost
 
 
-def least_us(work: Work) -> float:
-    """No placement's mean layer time is below this: the compute bound, or mean work and the fewest copies."""
+def least_us(work: Work) -> list[float]:
+    """No placement's time of a layer is below this: the compute bound, or mean work and the fewest copies."""
     problem, rate = work.problem, rates(work.problem)
     fewest = -(-problem.top_k // problem.slots_per_device)
     spread = rate.per_load + (rate.per_reach.min() * fewest + _node_price(rate)) / problem.devices
-    bounds = [rate.per_load * lower_bound(layer.table, problem.slots_per_device) for layer in work.layers]
-    return rate.fixed + float(np.mean([max(spread, bound) for bound in bounds]))
+    return [
+        rate.fixed + max(spread, rate.per_load * lower_bound(layer.table, problem.slots_per_device))
+        for layer in work.layers
+    ]
 
 
 def _node_price(rate: Rates) -> float:
