@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import cast
 
 from moecc.errors import InputError
+from moecc.hardware.load import load_device
+from moecc.hardware.spec import Cluster
 from moecc.ir.core import Module
+from moecc.ir.ops import Experts
+from moecc.ir.types import WeightsType
 from moecc.passes.manager import Context
 from moecc.passes.routed_path import moe_layers
+from moecc.passes.settings import settings_of
+from moecc.passes.step_cost import step_cost
 from moecc.solvers.placement import PlacementProblem
 from moecc.solvers.placement.placing import place
+from moecc.solvers.placement.step_cost import StepCost
 from moecc.solvers.routing import Routing
 
 
@@ -51,15 +59,37 @@ class Place:
 def _problem(module: Module, workloads: tuple[Routing, ...]) -> PlacementProblem:
     cluster, wanted = module.attributes["cluster"], module.attributes["placement_request"]
     devices = cluster["nodes"] * cluster["devices_per_node"]
+    slots = wanted["slots_per_device"] or -(-workloads[0].num_experts // devices)
+    step = _step_cost(module, workloads[0].top_k, slots) if wanted["objective"] == "step" else None
     return PlacementProblem(
         workloads=workloads,
         devices=devices,
         devices_per_node=cluster["devices_per_node"],
-        slots_per_device=wanted["slots_per_device"] or -(-workloads[0].num_experts // devices),
+        slots_per_device=slots,
         execution=module.attributes["serving"]["execution"],
         objective=wanted["objective"],
         balance=wanted["balance"],
         max_imbalance=wanted["max_imbalance"],
         time_limit_s=wanted["time_limit_s"],
+        step_cost=step,
         seed=wanted["seed"],
+    )
+
+
+def _step_cost(module: Module, top_k: int, slots: int) -> StepCost:
+    """Of the first layer with experts, in prefill, on the module's cluster."""
+    wanted = settings_of(module)
+    experts = next(op for function in module.functions for op in function.every(Experts))
+    weights = cast(WeightsType, experts.down.type)
+    _, hidden, intermediate = weights.shape
+    return step_cost(
+        Cluster(
+            device=load_device(wanted.device), nodes=wanted.nodes, devices_per_node=wanted.devices_per_node
+        ),
+        hidden=hidden,
+        intermediate=intermediate,
+        top_k=top_k,
+        slots=slots,
+        dtype=weights.dtype,
+        tokens_per_device=wanted.prefill,
     )

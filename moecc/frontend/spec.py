@@ -13,8 +13,8 @@ from moecc.ir.semantics import Activation, Router
 AttentionKind = Literal["gqa", "mla"]
 DType = Literal["bfloat16", "float16", "float32"]
 Execution = Literal["home", "migrate"]
-Objective = Literal["traffic", "load"]
-Balance = Literal["workload", "pooled"]
+Objective = Literal["traffic", "load", "step"]
+Balance = Literal["workload", "pooled", "worst", "cvar"]
 RoutingKind = Literal["uniform", "zipf"]
 Target = Literal["sm_80", "sm_90", "sm_100", "gfx942", "x86"]
 
