@@ -8,13 +8,16 @@ from moecc.solvers.placement.balance import Floats, Ints, LayerLoads
 from moecc.solvers.placement.layers import LayerState, Work
 from moecc.solvers.placement.search import TOLERANCE, Found, reduce_traffic, same_device
 from moecc.solvers.placement.start import gathered_start
-from moecc.solvers.placement.traffic import HomeRows, home_rows
+from moecc.solvers.placement.traffic import FirstRows, HomeRows, SwapTable, home_rows
 
 ROUNDS = 3
 
 
 def search_home(work: Work) -> None:
     """Tabu search on every layer: from experts gathered by co-occurrence, from where it stands, from a shaken best."""
+    if work.problem.slots_per_device == 1:
+        # Every expert is on a device of its own: there is nothing to gain.
+        return
     total = ROUNDS * len(work.layers)
     costs = [np.inf] * len(work.layers)
     balanced = [layer.device_of for layer in work.layers]
@@ -64,6 +67,9 @@ def group_nodes(work: Work) -> None:
     nodes = problem.devices // problem.devices_per_node
     if nodes == 1 or problem.devices_per_node == 1:
         return
+    if problem.slots_per_device == 1:
+        _gather_in_nodes(work, nodes)
+        return
     node_of = np.arange(problem.devices) // problem.devices_per_node
     even = LayerLoads(loads=np.ones((1, problem.devices)), shares=np.ones(1), devices=nodes)
     for index, layer in enumerate(work.layers):
@@ -83,6 +89,33 @@ def group_nodes(work: Work) -> None:
         )
         if found is not None:
             _relabel(layer, rows, found, before)
+
+
+def _gather_in_nodes(work: Work, nodes: int) -> None:
+    """One unit a device: units are searched over nodes directly, from experts gathered by co-occurrence."""
+    problem = work.problem
+    even = LayerLoads(
+        loads=np.full((1, problem.num_experts), nodes / problem.num_experts), shares=np.ones(1), devices=nodes
+    )
+    for index, layer in enumerate(work.layers):
+        if work.clock.passed(np.inf):
+            return
+        cover = home_rows(problem, index, layer.experts)
+        rows = FirstRows(cover.ids, cover.weight, layer.experts, nodes)
+        now = layer.device_of // problem.devices_per_node
+        found = reduce_traffic(
+            rows,
+            even,
+            gathered_start(rows.ids, rows.weight, layer.experts, nodes),
+            cap=np.inf,
+            budget=10 * problem.devices,
+            rng=work.rng(index, 99),
+            clock=work.clock,
+            until=work.clock.slice(len(work.layers) - index),
+        )
+        if found is not None and found.cost < SwapTable(rows, now).cost - TOLERANCE:
+            layer.device_of = np.argsort(np.argsort(found.device_of, kind="stable"))
+        work.tick(index + 1, len(work.layers))
 
 
 def _relabel(layer: LayerState, rows: HomeRows, found: Found, before: float) -> None:
@@ -107,6 +140,8 @@ def _device_sets(rows: HomeRows, device_of: Ints) -> tuple[Ints, float]:
 
 def fan_out(work: Work, index: int) -> float:
     """The weighted fan-out of a layer as it stands."""
+    if work.problem.slots_per_device == 1:
+        return float(work.problem.top_k)
     layer = work.layers[index]
     rows = home_rows(work.problem, index, layer.experts)
     return _device_sets(rows, layer.device_of)[1]

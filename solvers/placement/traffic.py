@@ -78,6 +78,18 @@ class HomeRows:
         return items
 
 
+class FirstRows(HomeRows):
+    """As HomeRows, but of an expert's replicas the one on the lowest device counts: what the greedy cover comes to
+    where every unit has a device of its own; `devices` are then their nodes."""
+
+    def _cover(self, ids: Ints, device_of: Ints) -> Ints:
+        units = len(self.experts)
+        order = np.lexsort((device_of[:-1], self.experts))
+        first = np.full(int(self.experts.max()) + 1, units)
+        first[self.experts[order[::-1]]] = order[::-1]
+        return first[ids]
+
+
 class MigrateRows:
     """Landing changes towards the previous and the next layer, whose landings are given.
 
