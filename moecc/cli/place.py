@@ -197,7 +197,8 @@ def _swept(problem: PlacementProblem, placed: Placed, progress: StageProgress) -
 
     if placed.interrupted:
         return []
-    return sweep(problem, time_limit_s=problem.time_limit_s * SWEEP_SHARE, progress=progress)
+    limit = problem.time_limit_s * SWEEP_SHARE
+    return sweep(problem, start=placed.solution.placement, time_limit_s=limit, progress=progress)
 
 
 def _plotter(plot: Path | None) -> Callable[[PlacementProblem, Placed, list[SweepPoint]], bytes] | None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moecc.cli.tables import plain_table, print_titled, wide_console
+from moecc.solvers.placement.placement import Margin
 from moecc.solvers.placement.placing import Placed
 from moecc.solvers.placement.recheck import Recheck
 from moecc.solvers.placement.report import PlacingReport
@@ -30,13 +31,15 @@ def print_placed(placed: Placed, files: Sequence[Path], notes: Sequence[str], fl
     print_titled(console, "Workloads, held-out sequences", _workloads(report))
     if report.unseen:
         print_titled(console, "Unseen workloads: each placed for by the others alone", _unseen(report))
+    certificate = placed.solution.certificate
+    if margin := certificate.margin:
+        _say(console, _margin(margin))
     if moves := report.moves:
         _say(console, _moves(moves))
     for execution, sentence in report.affinity.items():
         _say(console, f"{execution}: {sentence}")
     for warning in report.warnings:
         _say(console, f"warning: {warning}")
-    certificate = placed.solution.certificate
     for note in (*report.assumptions, *notes, *filter(None, [certificate.note])):
         _say(console, f"note: {note}")
     _say(console, f"\nwritten: {', '.join(map(str, files))}")
@@ -56,6 +59,13 @@ def print_recheck(path: Path, found: Recheck) -> None:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
+
+
+def _margin(margin: Margin) -> str:
+    return (
+        f"max_imbalance: {margin.asked:g} asked for unseen sequences; held-out ones exceeded it by {margin.gap:.3f} in"
+        f" trials, so {margin.cap:.3f} was solved for; expected on unseen ones {margin.expected:.3f}"
+    )
 
 
 def _moves(moves: Mapping[str, Any]) -> str:

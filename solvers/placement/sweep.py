@@ -37,6 +37,7 @@ def swept_layers(problem: PlacementProblem) -> list[int]:
 def sweep(
     problem: PlacementProblem,
     *,
+    start: Placement | None = None,
     time_limit_s: float,
     caps: Sequence[float | None] = CAPS,
     progress: Callable[[str, int, int], None] | None = None,
@@ -44,8 +45,12 @@ def sweep(
     """Solve `traffic` under every cap, all in time_limit_s; an interrupt ends the sweep with the points it has.
 
     problem.workloads are whole traces, halved as everywhere; only swept_layers of them are solved and judged.
+    start: a placement of all layers to search from.
     """
-    few = _only(problem, swept_layers(problem))
+    layers = swept_layers(problem)
+    few, begin = _only(problem, layers), None
+    if start is not None:
+        begin = replace(start, physical_to_logical=start.physical_to_logical[layers])
     training, _ = halves(few)
     points = []
     for cap in caps:
@@ -57,7 +62,8 @@ def sweep(
             time_limit_s=time_limit_s / len(caps),
         )
         label = "no cap" if cap is None else f"cap {cap:g}"
-        solution = solve(task, None if progress is None else partial(progress, "sweep of caps"))
+        report_progress = None if progress is None else partial(progress, "sweep of caps")
+        solution = solve(task, report_progress, start=begin)
         points.append(_judged(label, solution.placement, few, cap))
         if solution.certificate.interrupted:
             break
