@@ -4,7 +4,7 @@ of moves, then the split of the budget over the layers."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from moecc.solvers.placement.layers import LayerState, Work
 from moecc.solvers.placement.migrate import Tokens
 from moecc.solvers.placement.moves import Held
 from moecc.solvers.placement.search import TOLERANCE, Swaps, Tabu, excess, lowest, same_device
+from moecc.solvers.placement.step import StepSwaps, rates, step_rows
 from moecc.solvers.placement.traffic import SwapTable, home_rows
 
 PRICES = (1.0, 0.3, 0.0)
@@ -23,6 +24,10 @@ OVER = 1e3
 """Price of imbalance over the cap when assignments are compared: first within the cap, then cheap."""
 SWEEPS = 3
 REPLICA_CHANGES = 8
+DEAREST = 1e9
+
+MakeSwaps = Callable[[Ints, Ints], Swaps]
+"""From the experts and devices of units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,6 @@ class Point:
 
 Frontier = dict[int, Point]
 """Moved experts -> the best assignment met with just so many."""
-MakeSwaps = Callable[[Ints, Ints], Swaps]
 
 
 class LoadSwaps:
@@ -51,11 +55,8 @@ class LoadSwaps:
 
     def changes(self) -> Floats:
         every = np.arange(len(self.device_of) - 1)
-        pairs, device_of = (every[:, None], every[None, :]), self.device_of[:-1]
-        after, squares = (
-            self.loads.after_swaps(*pairs, device_of),
-            self.loads.square_changes(*pairs, device_of),
-        )
+        pairs, at = (every[:, None], every[None, :]), self.device_of[:-1]
+        after, squares = self.loads.after_swaps(*pairs, at), self.loads.square_changes(*pairs, at)
         return np.asarray(after + 0.02 * squares - self.cost)
 
     def swap(self, u: int, v: int) -> None:
@@ -70,12 +71,11 @@ def start_in_force(work: Work) -> None:
     Errors: InputError where even that moves more than the budget allows.
     """
     problem = work.problem
-    assert problem.in_force is not None
-    kept, moved = held_before(problem, problem.in_force), 0
-    work.kept = kept
+    assert problem.in_force is not None, "PlacementProblem lets no budget without it pass"
+    work.kept, moved = held_before(problem, problem.in_force), 0
     for index, (experts, device_of) in enumerate(carried(problem, problem.in_force)):
         work.layers[index].experts, work.layers[index].device_of = experts, device_of
-        moved += _moves(kept[index], experts, device_of)
+        moved += _moves(work.kept[index], experts, device_of)
     if problem.max_moves is not None and moved > problem.max_moves:
         need = moved * problem.expert_bytes
         raise InputError(
@@ -87,132 +87,147 @@ def start_in_force(work: Work) -> None:
 
 def search_within(work: Work) -> None:
     """Improve the placement that stands in `work`, moving at most problem.max_moves experts from the one in force."""
-    problem = work.problem
-    kept = work.kept
-    assert kept is not None
-    assert problem.max_moves is not None
+    problem, kept = work.problem, work.kept
+    assert kept is not None, "start_in_force comes first"
+    quota = problem.max_moves or 0
     if problem.max_imbalance is not None:
         work.caps = np.full(problem.layers, problem.max_imbalance)
     if problem.execution == "migrate" and problem.objective == "traffic":
-        _sweep(work, kept, problem.max_moves)
+        _sweep(work, kept, quota)
         return
-    frontiers = [_stand(work, index, kept[index]) for index in range(problem.layers)]
+    searches = [
+        LayerSearch(work=work, index=i, kept=kept[i], quota=quota, make=_independent(work, i))
+        for i in range(problem.layers)
+    ]
+    total = len(PRICES) * len(searches)
     try:
-        for index in range(problem.layers):
-            explore(
-                work,
-                index,
-                kept[index],
-                problem.max_moves,
-                frontiers[index],
-                _independent(work, index),
-                problem.layers - index,
-            )
-            work.tick(index + 1, problem.layers)
+        for step in range(total):
+            turn, index = divmod(step, len(searches))
+            searches[index].run(turn, work.clock.slice(total - step))
+            work.tick(step + 1, total)
     finally:
-        for layer, point in zip(work.layers, split_budget(frontiers, problem.max_moves), strict=True):
+        points = split_budget([search.frontier for search in searches], quota)
+        for layer, point in zip(work.layers, points, strict=True):
             layer.experts, layer.device_of = point.experts, point.device_of
 
 
 def _independent(work: Work, index: int) -> MakeSwaps:
     """How swaps of a layer are priced where its neighbours do not matter."""
-    table = work.layers[index].table
+    problem, table = work.problem, work.layers[index].table
 
     def make(experts: Ints, device_of: Ints) -> Swaps:
-        if work.problem.objective == "load":
+        if problem.objective == "load":
             return LoadSwaps(DeviceLoads(table, experts, device_of), device_of)
-        return SwapTable(home_rows(work.problem, index, experts), device_of)
+        if problem.objective == "step":
+            return StepSwaps(step_rows(problem, index, experts), table, rates(problem), device_of)
+        return SwapTable(home_rows(problem, index, experts), device_of)
 
     return make
 
 
-def _stand(work: Work, index: int, kept: Held) -> Frontier:
-    """The layer as it stands: the one point that is always there."""
-    layer = work.layers[index]
-    moves = _moves(kept, layer.experts, layer.device_of)
-    return {moves: Point(score=np.inf, experts=layer.experts, device_of=layer.device_of)}
+@dataclass(kw_only=True)
+class LayerSearch:
+    """One layer within `quota` moved experts. kept: [experts, devices], what devices hold already; frontier: what was
+    met so far, in the beginning the layer as it stands."""
 
-
-def explore(
-    work: Work,
-    index: int,
-    kept: Held,
-    quota: int,
-    frontier: Frontier,
-    make: MakeSwaps,
-    parts_left: int,
-) -> None:
-    """Add to a layer's frontier what searches with cheaper and cheaper moves meet within `quota` moved experts.
-
-    kept: [experts, devices], what devices hold already.
-    """
-    layer, until = work.layers[index], work.clock.slice(parts_left)
-    starts = [(layer.experts, layer.device_of), *_replica_starts(work, layer, kept, quota)]
+    work: Work
+    index: int
+    kept: Held
+    quota: int
+    make: MakeSwaps
+    frontier: Frontier = field(default_factory=dict)
     gain: float | None = None
-    for turn, start in enumerate(starts):
-        for step, price in enumerate(PRICES):
-            if work.clock.passed(until):
+
+    def __post_init__(self) -> None:
+        layer = self.layer
+        moves = _moves(self.kept, layer.experts, layer.device_of)
+        self.frontier[moves] = Point(score=np.inf, experts=layer.experts, device_of=layer.device_of)
+
+    @property
+    def layer(self) -> LayerState:
+        return self.work.layers[self.index]
+
+    @property
+    def best(self) -> Point:
+        return min(self.frontier.values(), key=lambda point: point.score)
+
+    def run(self, turn: int, until: float) -> None:
+        """Search at the turn's price: first from where the layer stands, within its cap, and with other replicas;
+        later from the best point."""
+        starts = self._starts() if turn == 0 else [(self.best.experts, self.best.device_of)]
+        for number, (experts, device_of) in enumerate(starts):
+            if self.work.clock.passed(until):
                 return
-            experts, begin = start
-            if step and len(starts) == 1:
-                best = min(frontier.values(), key=lambda point: point.score)
-                experts, begin = best.experts, best.device_of
-            swaps = make(experts, begin)
-            if gain is None:
-                gain = max(TOLERANCE, -float(swaps.changes().min()) / 2)
-            rng = work.rng(index, 50 + turn, step)
-            _descend(work, layer, index, swaps, experts, kept, quota, frontier, price * gain, rng, until)
+            swaps = self.make(experts, device_of)
+            if self.gain is None:
+                self.gain = max(TOLERANCE, -float(swaps.changes().min()) / 2)
+            rng = self.work.rng(self.index, 50 + turn, number)
+            self._descend(swaps, experts, PRICES[turn] * self.gain, rng, until)
 
+    def _starts(self) -> list[tuple[Ints, Ints]]:
+        layer, cap = self.layer, float(self.work.caps[self.index])
+        starts = [(layer.experts, layer.device_of)]
+        starts += _replica_starts(self.work, layer, self.kept, self.quota)
+        if layer.imbalance <= cap or self.work.problem.objective == "load":
+            return starts
+        even = LayerSearch(
+            work=self.work, index=self.index, kept=self.kept, quota=self.quota, make=self._even
+        )
+        within = []
+        for number, (experts, device_of) in enumerate(starts):
+            even._descend(
+                even.make(experts, device_of), experts, 0.0, self.work.rng(self.index, 49, number), np.inf
+            )
+            met = [m for m, point in even.frontier.items() if point.score <= cap + TOLERANCE]
+            point = even.frontier[min(met)] if met else even.best
+            within.append((point.experts, point.device_of))
+        return [*within[:1], *starts]
 
-def _descend(
-    work: Work,
-    layer: LayerState,
-    index: int,
-    swaps: Swaps,
-    experts: Ints,
-    kept: Held,
-    quota: int,
-    frontier: Frontier,
-    price: float,
-    rng: np.random.Generator,
-    until: float,
-) -> None:
-    """Tabu search over swaps that stay within the quota; every state met is offered to the frontier."""
-    units, cap = len(experts), float(work.caps[index])
-    loads, tabu = (
-        DeviceLoads(layer.table, experts, swaps.device_of[:-1]),
-        Tabu(units, layer.table.devices, rng),
-    )
-    everyone, idle, over_price, best = np.arange(units), 0, 10.0, np.inf
-    new = ~kept[experts]
-    while idle <= 2 * units and not work.clock.passed(until):
-        device_of = swaps.device_of[:-1]
-        moved = new[everyone, device_of]
-        total = int(moved.sum())
-        over = max(0.0, loads.imbalance - cap)
-        score = swaps.cost + OVER * over
-        if total <= quota and (total not in frontier or score < frontier[total].score - TOLERANCE):
-            frontier[total] = Point(score=score, experts=experts, device_of=device_of.copy())
-        value = score + price * total
-        best, idle = (value, 0) if value < best - TOLERANCE else (best, idle + 1)
-        there = new[:, device_of]
-        extra = there.astype(np.int64) + there.T - moved[:, None] - moved[None, :]
-        change = swaps.changes() + price * extra
-        over_price = min(over_price * 1.1, OVER) if over > TOLERANCE else max(over_price / 1.1, 0.5)
-        blocked = same_device(experts, device_of, everyone, layer.table.devices)
-        blocked |= total + extra > max(quota, total - 1)
-        blocked |= tabu.forbidden(everyone, device_of, idle) & (value + change >= best - TOLERANCE)
-        picked = lowest(change + over_price * excess(loads, device_of, cap), blocked)
-        if picked is None:
-            tabu.until[:] = 0
-            idle += units // 4 + 1
-            continue
-        u, v = picked
-        a, b = int(device_of[u]), int(device_of[v])
-        swaps.swap(u, v)
-        if not isinstance(swaps, LoadSwaps) or swaps.loads is not loads:
+    def _even(self, experts: Ints, device_of: Ints) -> Swaps:
+        return LoadSwaps(DeviceLoads(self.layer.table, experts, device_of), device_of)
+
+    def _descend(
+        self, swaps: Swaps, experts: Ints, price: float, rng: np.random.Generator, until: float
+    ) -> None:
+        """Tabu search over swaps that stay within the quota; every assignment met is offered to the frontier."""
+        units, table, cap = len(experts), self.layer.table, float(self.work.caps[self.index])
+        if isinstance(swaps, LoadSwaps):
+            cap = np.inf
+        loads = DeviceLoads(table, experts, swaps.device_of[:-1])
+        tabu, everyone, new = Tabu(units, table.devices, rng), np.arange(units), ~self.kept[experts]
+        idle, step, over_price, best = 0, 0, 10.0, np.inf
+        while idle <= 2 * units and not self.work.clock.passed(until):
+            step += 1
+            device_of = swaps.device_of[:-1]
+            moved = new[everyone, device_of].astype(np.int64)
+            total, over = int(moved.sum()), max(0.0, loads.imbalance - cap)
+            score = swaps.cost + OVER * over
+            self._offer(total, score, experts, device_of)
+            value = score + price * total
+            best, idle = (value, 0) if value < best - TOLERANCE else (best, idle + 1)
+            there = new[:, device_of].astype(np.int64)
+            extra = there + there.T - moved[:, None] - moved[None, :]
+            change = swaps.changes() + price * extra
+            over_price = min(over_price * 1.1, OVER) if over > TOLERANCE else max(over_price / 1.1, 0.5)
+            blocked = same_device(experts, device_of, everyone, table.devices)
+            blocked |= total + extra > max(self.quota, total - 1)
+            blocked |= tabu.forbidden(everyone, device_of, step) & (value + change >= best - TOLERANCE)
+            picked = lowest(change + over_price * excess(loads, device_of, cap), blocked)
+            if picked is None:
+                tabu.until[:] = 0
+                idle += units // 4 + 1
+                continue
+            u, v = picked
+            a, b = int(device_of[u]), int(device_of[v])
+            swaps.swap(u, v)
             loads.swap(u, v, a, b)
-        tabu.leave(u, v, a, b, idle)
+            tabu.leave(u, v, a, b, step)
+
+    def _offer(self, moves: int, score: float, experts: Ints, device_of: Ints) -> None:
+        if moves <= self.quota and (
+            moves not in self.frontier or score < self.frontier[moves].score - TOLERANCE
+        ):
+            self.frontier[moves] = Point(score=score, experts=experts, device_of=device_of.copy())
 
 
 def _moves(kept: Held, experts: Ints, device_of: Ints) -> int:
@@ -220,11 +235,11 @@ def _moves(kept: Held, experts: Ints, device_of: Ints) -> int:
 
 
 def _replica_starts(work: Work, layer: LayerState, kept: Held, quota: int) -> list[tuple[Ints, Ints]]:
-    """The layer with 1, 2, 4, 8 ... replicas of light experts replaced by ones of the heaviest, as balance asks."""
+    """The layer with 1, 2, 4 and 8 replicas of light experts replaced by ones of the heaviest, while balance gains."""
     experts, device_of = layer.experts, layer.device_of
+    starts: list[tuple[Ints, Ints]] = []
     if len(experts) == work.problem.num_experts:
-        return []
-    starts = []
+        return starts
     for count in range(1, REPLICA_CHANGES + 1):
         changed = _replace_replica(layer, experts, device_of)
         if changed is None or _moves(kept, *changed) > quota:
@@ -238,38 +253,35 @@ def _replica_starts(work: Work, layer: LayerState, kept: Held, quota: int) -> li
 def _replace_replica(layer: LayerState, experts: Ints, device_of: Ints) -> tuple[Ints, Ints] | None:
     """The single replacement that lowers the imbalance most; None if none does."""
     table = layer.table
-    before = DeviceLoads(table, experts, device_of).imbalance
-    loads = table.loads.mean(axis=0) / np.bincount(experts, minlength=table.loads.shape[1])
-    spare = np.flatnonzero(np.bincount(experts, minlength=len(loads))[experts] > 1)
+    counts = np.bincount(experts, minlength=table.loads.shape[1])
+    loads = table.loads.mean(axis=0) / counts
+    spare = np.flatnonzero(counts[experts] > 1)
     light = spare[np.argsort(loads[experts[spare]], kind="stable")][:12]
-    best: tuple[float, Ints, Ints] | None = None
+    lowest_, best = DeviceLoads(table, experts, device_of).imbalance, None
     for expert in np.argsort(-loads, kind="stable")[:3]:
         holders = device_of[experts == expert]
-        for unit in light:
-            if device_of[unit] in holders or experts[unit] == expert:
-                continue
+        for unit in light[~np.isin(device_of[light], holders)]:
             new = experts.copy()
             new[unit] = expert
             order = np.lexsort((device_of, new))
             imbalance = DeviceLoads(table, new[order], device_of[order]).imbalance
-            if imbalance < (before if best is None else best[0]) - TOLERANCE:
-                best = (imbalance, new[order], device_of[order])
-    return None if best is None else best[1:]
+            if imbalance < lowest_ - TOLERANCE:
+                lowest_, best = imbalance, (new[order], device_of[order])
+    return best
 
 
 def split_budget(frontiers: list[Frontier], budget: int) -> list[Point]:
     """The points, one a layer, of the least summed score within the budget: a multiple-choice knapsack by dynamic
-    programming over the moves spent. What stands is taken where nothing fits."""
-    least = [min(frontier) for frontier in frontiers]
-    room = max(0, budget - sum(least))
+    programming over the moves spent. The frontiers' fewest moves must fit it."""
     useful = [_useful(frontier) for frontier in frontiers]
-    room = min(room, sum(max(f) - low for f, low in zip(useful, least, strict=True)))
+    least = [min(frontier) for frontier in useful]
+    room = min(budget - sum(least), sum(max(f) - low for f, low in zip(useful, least, strict=True)))
     total, choices = np.zeros(room + 1), []
     for frontier, low in zip(useful, least, strict=True):
         options = np.full((len(frontier), room + 1), np.inf)
         for row, (moves, point) in enumerate(frontier.items()):
             if (cost := moves - low) <= room:
-                options[row, cost:] = total[: room + 1 - cost] + min(point.score, 1e9)
+                options[row, cost:] = total[: room + 1 - cost] + min(point.score, DEAREST)
         choices.append(options.argmin(axis=0))
         total = options.min(axis=0)
     points, left = [], room
@@ -281,7 +293,7 @@ def split_budget(frontiers: list[Frontier], budget: int) -> list[Point]:
 
 
 def _useful(frontier: Frontier) -> Frontier:
-    """Without points that fewer moves beat; the fewest first."""
+    """Without points that fewer moves match; the fewest first."""
     kept: Frontier = {}
     best = np.inf
     for moves in sorted(frontier):
@@ -295,27 +307,34 @@ def _sweep(work: Work, kept: Held, budget: int) -> None:
     tokens, count = Tokens(work), len(work.layers)
     for sweep in range(SWEEPS):
         before = tokens.hops()
-        for step, index in enumerate(range(count) if sweep % 2 == 0 else range(count - 1, -1, -1)):
-            spent = sum(
-                _moves(kept[i], w.experts, w.device_of) for i, w in enumerate(work.layers) if i != index
+        for step in range(count):
+            index = step if sweep % 2 == 0 else count - 1 - step
+            spent = [_moves(kept[i], w.experts, w.device_of) for i, w in enumerate(work.layers)]
+            left = budget - sum(spent)
+            # In the first sweep the layers still to come keep most of what is left.
+            share = left if sweep else 2 * left // (count - step + 1)
+            search = LayerSearch(
+                work=work,
+                index=index,
+                kept=kept[index],
+                quota=spent[index] + share,
+                make=_between(work, tokens, index),
             )
-            quota = budget - spent
-            if sweep == 0:
-                now = _moves(kept[index], work.layers[index].experts, work.layers[index].device_of)
-                quota = now + max(0, quota - now) // max(1, (count - step) // 2 + 1)
-            neighbours = [n for n in (index - 1, index + 1) if 0 <= n < count]
-            frontier = _stand(work, index, kept[index])
-
-            def make(
-                experts: Ints, device_of: Ints, index: int = index, around: list[int] = neighbours
-            ) -> Swaps:
-                return SwapTable(tokens.rows(work, index, around, experts), device_of)
-
-            explore(work, index, kept[index], quota, frontier, make, (SWEEPS - sweep) * count - step)
-            point = min(frontier.values(), key=lambda p: p.score)
-            if np.isfinite(point.score):
-                work.layers[index].experts, work.layers[index].device_of = point.experts, point.device_of
+            for turn in range(len(PRICES)):
+                search.run(turn, work.clock.slice(((SWEEPS - sweep) * count - step) * len(PRICES) - turn))
+            if np.isfinite(search.best.score):
+                work.layers[index].experts = search.best.experts
+                work.layers[index].device_of = search.best.device_of
                 tokens.land_anew(work, index)
             work.tick(sweep * count + step + 1, SWEEPS * count)
         if tokens.hops() > before - TOLERANCE:
             break
+
+
+def _between(work: Work, tokens: Tokens, index: int) -> MakeSwaps:
+    neighbours = [n for n in (index - 1, index + 1) if 0 <= n < len(work.layers)]
+
+    def make(experts: Ints, device_of: Ints) -> Swaps:
+        return SwapTable(tokens.rows(work, index, neighbours, experts), device_of)
+
+    return make
