@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+from moecc.solvers.placement.margin import solve_unseen
 from moecc.solvers.placement.placement import Placement, Solution
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.report import Figures, PlacingReport, figures, halves, judge, worse
-from moecc.solvers.placement.solve import solve
 from moecc.solvers.placement.start import identity
 
 StageProgress = Callable[[str, int, int], None]
@@ -42,17 +42,17 @@ def place(
 ) -> Placed:
     """Solve on one half of every workload's sequences and judge on the other.
 
-    problem.workloads are whole traces; problem.time_limit_s is for all solving together. leave_one_out solves once more
-    without each workload, if there are several, and judges that placement on the workload it has not seen. An
-    interrupt ends the solve in progress with the best placement so far and skips the solves behind it; one while
-    judging begins that anew, a second one ends it.
+    problem.workloads are whole traces; time_limit_s is for all solving together; max_imbalance is for sequences that
+    nobody has seen (solve_unseen). leave_one_out solves once more without each workload, if there are several, and
+    judges that placement on the workload it has not seen. An interrupt ends the solve in progress with the best
+    placement so far and skips the solves behind it; one while judging begins that anew, a second one ends it.
     """
     report_progress = progress or _silent
     started = time.monotonic()
     training, _ = halves(problem)
     others = len(training) if leave_one_out and len(training) > 1 else 0
     limit = problem.time_limit_s * (1 - UNSEEN_SHARE if others else 1)
-    solution = solve(
+    solution = solve_unseen(
         replace(problem, workloads=training, time_limit_s=limit),
         partial(report_progress, "solve"),
     )
@@ -88,7 +88,7 @@ def _unseen(
     try:
         for index, routing in enumerate(held_out):
             rest = training[:index] + training[index + 1 :]
-            solution = solve(
+            solution = solve_unseen(
                 replace(problem, workloads=rest, time_limit_s=limit),
                 partial(progress, f"without {routing.name}"),
             )
