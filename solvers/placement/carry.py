@@ -66,8 +66,9 @@ def _by_room(kept: Held, load: Floats, width: int) -> Ints:
 def match_devices(problem: PlacementProblem, in_force: Placement, new: Placement) -> Placement:
     """The same placement with its devices renamed so that they hold most of what they held before.
 
-    Only renamings that change no figure: under `home` every layer's own, nodes staying together; of a `load`
-    problem under `migrate` one for all layers; none where landings break ties by device number or links differ.
+    Only renamings that the execution does not see: under `home` every layer's own, nodes staying together (where an
+    expert has replicas, ties of the greedy cover may fall otherwise); of a `load` problem under `migrate` one for all
+    layers; none where landings break ties by device number or links differ.
     """
     if problem.execution == "migrate" and problem.objective != "load":
         return new
@@ -79,7 +80,7 @@ def match_devices(problem: PlacementProblem, in_force: Placement, new: Placement
         shared = np.broadcast_to(shared.sum(axis=0), shared.shape)
     rows = []
     for layer, row in enumerate(new.physical_to_logical):
-        name = _names(shared[layer], problem.devices_per_node)
+        name = names_by_node(shared[layer], problem.devices_per_node)
         renamed = np.empty_like(row).reshape(problem.devices, -1)
         renamed[name] = row.reshape(problem.devices, -1)
         rows.append(renamed.ravel())
@@ -92,7 +93,7 @@ def match_devices(problem: PlacementProblem, in_force: Placement, new: Placement
     )
 
 
-def _names(shared: NDArray[np.int64], devices_per_node: int) -> Ints:
+def names_by_node(shared: NDArray[np.int64], devices_per_node: int) -> Ints:
     """[devices]: the old name of every new device; shared: [new devices, old devices] experts in common."""
     devices = len(shared)
     nodes = devices // devices_per_node
