@@ -25,7 +25,8 @@ def prove(work: Work) -> None:
     """Improve and certify what is small enough; everything else is left as it is."""
     problem = work.problem
     if problem.objective == "step":
-        prove_steps(work)
+        if work.kept is None:
+            prove_steps(work)
         return
     if work.proven is not None:
         return
@@ -82,7 +83,8 @@ def _use(work: Work, group: Sequence[int], proof: Proof) -> None:
     if len(group) == 1:
         work.bounds[group[0]] = proof.bound
     elif proof.bound is not None:
-        work.proven = proof.bound / (len(group) - (work.problem.execution == "migrate"))
+        hops = work.problem.execution == "migrate" and work.problem.objective == "traffic"
+        work.proven = proof.bound / (len(group) - hops)
     if proof.layers is not None:
         _keep_better(work, group, proof.layers)
 

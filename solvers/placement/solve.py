@@ -107,6 +107,7 @@ def _from_in_force(work: Work, in_force: Placement, placement: Placement) -> Pla
     problem = work.problem
     if problem.max_moves is None:
         placement = match_devices(problem, in_force, placement)
+        start_from(work, placement)
     moved = moved_experts(in_force, placement)
     if problem.max_moves is not None and moved > problem.max_moves:
         raise MoeccError(

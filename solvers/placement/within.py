@@ -15,6 +15,7 @@ from moecc.solvers.placement.layers import LayerState, Work
 from moecc.solvers.placement.migrate import Tokens
 from moecc.solvers.placement.moves import Held
 from moecc.solvers.placement.search import TOLERANCE, Swaps, Tabu, excess, lowest, same_device
+from moecc.solvers.placement.start import replicate
 from moecc.solvers.placement.step import StepSwaps, rates, step_rows
 from moecc.solvers.placement.traffic import SwapTable, home_rows
 
@@ -23,7 +24,7 @@ PRICES = (1.0, 0.3, 0.0)
 OVER = 1e3
 """Price of imbalance over the cap when assignments are compared: first within the cap, then cheap."""
 SWEEPS = 3
-REPLICA_CHANGES = 8
+REPLICA_CHANGES = 16
 DEAREST = 1e9
 
 MakeSwaps = Callable[[Ints, Ints], Swaps]
@@ -152,9 +153,10 @@ class LayerSearch:
         return min(self.frontier.values(), key=lambda point: point.score)
 
     def run(self, turn: int, until: float) -> None:
-        """Search at the turn's price: first from where the layer stands, within its cap, and with other replicas;
-        later from the best point."""
-        starts = self._starts() if turn == 0 else [(self.best.experts, self.best.device_of)]
+        """Search at the turn's price: first from where the layer stands and from within its cap, later from the best
+        point; from each also with other replicas."""
+        best = (self.best.experts, self.best.device_of)
+        starts = self._starts() if turn == 0 else [best, *self._replica_starts(*best)]
         for number, (experts, device_of) in enumerate(starts):
             if self.work.clock.passed(until):
                 return
@@ -167,7 +169,7 @@ class LayerSearch:
     def _starts(self) -> list[tuple[Ints, Ints]]:
         layer, cap = self.layer, float(self.work.caps[self.index])
         starts = [(layer.experts, layer.device_of)]
-        starts += _replica_starts(self.work, layer, self.kept, self.quota)
+        starts += self._replica_starts(layer.experts, layer.device_of)
         if layer.imbalance <= cap or self.work.problem.objective == "load":
             return starts
         even = LayerSearch(
@@ -182,6 +184,24 @@ class LayerSearch:
             point = even.frontier[min(met)] if met else even.best
             within.append((point.experts, point.device_of))
         return [*within[:1], *starts]
+
+    def _replica_starts(self, experts: Ints, device_of: Ints) -> list[tuple[Ints, Ints]]:
+        """With replicas counted as loads ask, and with 1, 2, 4 ... of light experts replaced by ones of the heaviest
+        while balance gains."""
+        starts: list[tuple[Ints, Ints]] = []
+        if len(experts) == self.work.problem.num_experts:
+            return starts
+        counted = _count_anew(self.layer, experts, device_of)
+        if _moves(self.kept, *counted) <= self.quota:
+            starts.append(counted)
+        for count in range(1, REPLICA_CHANGES + 1):
+            changed = _replace_replica(self.layer, experts, device_of)
+            if changed is None or _moves(self.kept, *changed) > self.quota:
+                break
+            experts, device_of = changed
+            if count & (count - 1) == 0:
+                starts.append(changed)
+        return starts
 
     def _even(self, experts: Ints, device_of: Ints) -> Swaps:
         return LoadSwaps(DeviceLoads(self.layer.table, experts, device_of), device_of)
@@ -234,20 +254,26 @@ def _moves(kept: Held, experts: Ints, device_of: Ints) -> int:
     return int((~kept[experts, device_of]).sum())
 
 
-def _replica_starts(work: Work, layer: LayerState, kept: Held, quota: int) -> list[tuple[Ints, Ints]]:
-    """The layer with 1, 2, 4 and 8 replicas of light experts replaced by ones of the heaviest, while balance gains."""
-    experts, device_of = layer.experts, layer.device_of
-    starts: list[tuple[Ints, Ints]] = []
-    if len(experts) == work.problem.num_experts:
-        return starts
-    for count in range(1, REPLICA_CHANGES + 1):
-        changed = _replace_replica(layer, experts, device_of)
-        if changed is None or _moves(kept, *changed) > quota:
-            break
-        experts, device_of = changed
-        if count & (count - 1) == 0:
-            starts.append(changed)
-    return starts
+def _count_anew(layer: LayerState, experts: Ints, device_of: Ints) -> tuple[Ints, Ints]:
+    """Surplus replicas, those on the fullest devices first, replaced by ones of experts that have too few."""
+    table = layer.table
+    wanted = replicate(table.shares @ table.loads, len(experts), table.devices)
+    lack = np.bincount(wanted, minlength=table.loads.shape[1]) - np.bincount(
+        experts, minlength=table.loads.shape[1]
+    )
+    new, sums = experts.copy(), DeviceLoads(table, experts, device_of).sums.sum(axis=0)
+    for unit in np.argsort(-sums[device_of], kind="stable"):
+        if lack[new[unit]] >= 0:
+            continue
+        here = new[device_of == device_of[unit]]
+        gaining = np.flatnonzero(lack > 0)
+        gaining = gaining[~np.isin(gaining, here)]
+        if len(gaining):
+            lack[new[unit]] += 1
+            new[unit] = gaining[0]
+            lack[new[unit]] -= 1
+    order = np.lexsort((device_of, new))
+    return new[order], device_of[order]
 
 
 def _replace_replica(layer: LayerState, experts: Ints, device_of: Ints) -> tuple[Ints, Ints] | None:
