@@ -202,7 +202,7 @@ def test_capped_home_traffic_equals_brute_force(data):
 @given(st.data())
 def test_migrate_traffic_equals_brute_force(data):
     experts, devices, width, layers = data.draw(
-        st.sampled_from([(4, 2, 2, 3), (4, 2, 3, 3), (3, 3, 1, 3), (5, 2, 3, 2)])
+        st.sampled_from([(4, 2, 2, 3), (4, 2, 3, 3), (3, 3, 1, 3), (5, 2, 3, 2), (6, 3, 2, 3), (6, 2, 3, 3)])
     )
     workloads = data.draw(small_workloads(experts, layers, data.draw(st.integers(1, 3))))
     problem = problem_of(workloads, devices=devices, width=width, execution="migrate")
