@@ -55,10 +55,14 @@ class LoadSwaps:
         return self.loads.imbalance
 
     def changes(self) -> Floats:
-        every = np.arange(len(self.device_of) - 1)
-        pairs, at = (every[:, None], every[None, :]), self.device_of[:-1]
+        """Swaps with a fullest device: no other lowers the maximum; the rest are infinite."""
+        at = self.device_of[:-1]
+        rows, every = np.flatnonzero(self.loads.fullest()[at]), np.arange(len(at))
+        pairs = (rows[:, None], every[None, :])
         after, squares = self.loads.after_swaps(*pairs, at), self.loads.square_changes(*pairs, at)
-        return np.asarray(after + 0.02 * squares - self.cost)
+        change = np.full((len(at), len(at)), np.inf)
+        change[rows] = after + 0.02 * squares - self.cost
+        return change
 
     def swap(self, u: int, v: int) -> None:
         a, b = int(self.device_of[u]), int(self.device_of[v])
