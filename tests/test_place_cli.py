@@ -100,6 +100,31 @@ def test_links_and_a_predicted_step(folder: Path) -> None:
     assert "agree" in invoke("olmoe.npz", "--check", "step.json").stdout
 
 
+def test_it_writes_engines_files_and_says_how_to_launch(folder: Path) -> None:
+    result = invoke(
+        *COMMON,
+        *("--export", "sglang:init.json", "--export", "trtllm:balance.yaml", "--dense-layer", 0),
+        *("--no-leave-one-out", "-o", "exported.json"),
+    )
+    ours = json.loads((folder / "exported.json").read_text())["physical_to_logical_map"]
+    theirs = json.loads((folder / "init.json").read_text())
+    assert theirs == {"physical_to_logical_map": [list(range(8)), *ours]}
+    assert "--init-expert-location" in result.stdout
+    assert (folder / "balance.yaml").exists()
+
+
+def test_it_moves_from_a_placement_in_force(folder: Path) -> None:
+    invoke("chat.npz", "--devices", 4, "--time-limit", 1, "-o", "old.json")
+    result = invoke(
+        *("code.npz", "--devices", 4, "--time-limit", 2, "--from", "old.json", "--max-moved-gb", 0.05),
+        *("--expert-mb", 10, "-o", "moved.json"),
+    )
+    assert "moves: " in result.stdout
+    moves = json.loads((folder / "moved.json").read_text())["report"]["moves"]
+    assert moves["moved_bytes"] <= 50_000_000
+    assert "agree" in invoke("code.npz", "--check", "moved.json").stdout
+
+
 def test_it_draws(folder: Path) -> None:
     pytest.importorskip("matplotlib")
     invoke(*COMMON, "--plot", "p.png", "--no-leave-one-out", "-o", "drawn.json")
@@ -125,6 +150,13 @@ def test_same_seed_same_file(folder: Path) -> None:
         (["chat.npz", "--objective", "speed"], ["objective 'speed' is unknown"]),
         (["chat.npz", "--balance", "best"], ["balance 'best' is unknown"]),
         (["chat.npz", "--execution", "stay"], ["execution 'stay' is unknown"]),
+        (["chat.npz", "--homes", "far"], ["--homes", "random, sequence or token"]),
+        (["chat.npz", "--export", "sglang"], ["--export", "sglang:FILE"]),
+        (["chat.npz", "--export", "tgi:f.json"], ["'tgi' is unknown"]),
+        (["chat.npz", "--export", "sglang:none/f.json"], ["none/f.json", "folder does not exist"]),
+        (["chat.npz", "--export", "sglang:f.json", "--dense-layer", "9"], ["--dense-layer"]),
+        (["chat.npz", "--max-moved-gb", "1"], ["placement in force"]),
+        (["chat.npz", "--expert-mb", "-1"], ["--expert-mb"]),
         (["chat.npz", "--dispatch", "far"], ["dispatch 'far' is unknown"]),
         (["chat.npz", "--max-imbalance", "0.5"], ["max_imbalance 0.5 is impossible"]),
         (["chat.npz", "--time-limit", "0"], ["time_limit_s"]),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moecc.cli.place_inputs import Exports
     from moecc.cli.progress import StageProgress
     from moecc.solvers.placement import PlacementProblem
+    from moecc.solvers.placement.homes import Unit
     from moecc.solvers.placement.placing import Placed
     from moecc.solvers.placement.sweep import SweepPoint
     from moecc.solvers.routing import Routing
@@ -51,6 +52,9 @@ def place_command(
     dispatch: Annotated[
         str, typer.Option(help="How the engine picks replicas: even, nearest, random or lp.")
     ] = "even",
+    homes: Annotated[
+        str, typer.Option(help="Where tokens are homed: random, or chosen for each sequence or token.")
+    ] = "random",
     topology: Annotated[
         Path | None,
         typer.Option(help="Links: the text of nvidia-smi topo -m, or a cost matrix as .json or .csv."),
@@ -153,7 +157,8 @@ def place_command(
         workers=workers,
         **choices,
     )
-    _place(problem, output, exports, plot, leave_one_out, notes, as_json)
+    unit = inputs.read_homes(homes)
+    _place(problem, output, exports, plot, leave_one_out, unit, notes, as_json)
 
 
 def _place(
@@ -162,6 +167,7 @@ def _place(
     exports: Exports,
     plot: Path | None,
     leave_one_out: bool,
+    homes: Unit | None,
     notes: list[str],
     as_json: bool,
 ) -> None:
@@ -176,6 +182,7 @@ def _place(
         placed = place(
             replace(problem, time_limit_s=problem.time_limit_s * share),
             leave_one_out=leave_one_out,
+            homes=homes,
             progress=progress,
         )
         write_atomic(output, placed.to_json())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from moecc.errors import InputError
 from moecc.files import check_writable, read_text
@@ -18,6 +18,7 @@ from moecc.solvers.routing import Routing
 
 if TYPE_CHECKING:
     from moecc.frontend.spec import ModelSpec
+    from moecc.solvers.placement.homes import Unit
 
 
 def read_workloads(traces: Sequence[str], weights: Sequence[float]) -> tuple[Routing, ...]:
@@ -69,6 +70,17 @@ def read_links(path: Path, devices: int, nodes: int) -> Links:
             hint="a table of nvidia-smi is one host: set --nodes; a matrix holds all devices",
         )
     return links
+
+
+def read_homes(homes: str) -> Unit | None:
+    """None for random ones."""
+    if homes in ("sequence", "token"):
+        return cast("Unit", homes)
+    if homes != "random":
+        raise InputError(
+            f"homes {homes!r} are unknown", where="--homes", hint="use random, sequence or token"
+        )
+    return None
 
 
 def read_placement(path: Path) -> Placement:

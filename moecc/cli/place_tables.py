@@ -29,6 +29,13 @@ def print_placed(placed: Placed, files: Sequence[Path], notes: Sequence[str], fl
     console, report = wide_console(), placed.report
     print_titled(console, _title(placed), _overview(report))
     print_titled(console, "Workloads, held-out sequences", _workloads(report))
+    if report.dispatch:
+        print_titled(
+            console, f"Replicas as the engine picks them ({report.dispatch['rule']})", _dispatch(report)
+        )
+    if report.homes:
+        title = f"Homes chosen for each {report.homes['unit']}, by its predicted experts"
+        print_titled(console, title, _homes(report.homes))
     if report.unseen:
         print_titled(console, "Unseen workloads: each placed for by the others alone", _unseen(report))
     certificate = placed.solution.certificate
@@ -81,7 +88,8 @@ def _title(placed: Placed) -> str:
     bound = "no bound" if certificate.gap is None else f"gap {certificate.gap:.2%}"
     return (
         f"{placed.solution.placement.layers} layers of {placed.solution.placement.num_experts} experts on"
-        f" {wanted['devices']} devices in {nodes} nodes, {wanted['slots_per_device']} slots each:"
+        f" {wanted['devices']} devices in {nodes} node{'s' if nodes > 1 else ''},"
+        f" {wanted['slots_per_device']} slots each:"
         f" {wanted['objective']} under {wanted['execution']}"
         f" ({certificate.status}, {bound}, {certificate.solver}, {certificate.wall_s:.1f} s)"
     )
@@ -106,10 +114,13 @@ def _overview(report: PlacingReport) -> Table:
     ]
     for key, name in rows.items():
         values = [side[key] for side in sides]
-        if any(values):
+        # A single node is always reached, and what costs nothing says nothing.
+        if any(values) and not (key == "node_fan_out" and all(value == 1 for value in values)):
             table.add_row(name, *(f"{value:.3f}" for value in values))
     for tier in report.after["copies"]:
-        table.add_row(f"copies of a token, {tier}", *(f"{side['copies'][tier]:.3f}" for side in sides))
+        values = [side["copies"][tier] for side in sides]
+        if any(values):
+            table.add_row(f"copies of a token, {tier}", *(f"{value:.3f}" for value in values))
     return table
 
 
@@ -119,6 +130,25 @@ def _workloads(report: PlacingReport) -> Table:
     for workload, tokens in report.held_out_tokens.items():
         sides = [side["workloads"][workload] for side in (report.before, report.after)]
         table.add_row(workload, f"{tokens:,}", *_figures(sides, cost))
+    return table
+
+
+def _dispatch(report: PlacingReport) -> Table:
+    table = plain_table("held out", "identity", "placed")
+    for key, name in {
+        "imbalance": "imbalance (workload)",
+        "pooled_imbalance": "imbalance (pooled)",
+        "fan_out": "devices per token",
+        "remote_fan_out": "devices per token but its home",
+    }.items():
+        table.add_row(name, *(f"{report.dispatch[side][key]:.3f}" for side in ("before", "after")))
+    return table
+
+
+def _homes(homes: Mapping[str, Any]) -> Table:
+    table = plain_table("workload", "devices but home: random", "chosen", "tokens of the fullest home / mean")
+    for name, found in homes["workloads"].items():
+        table.add_row(name, *(f"{found[key]:.3f}" for key in ("random", "chosen", "fullest")))
     return table
 
 

@@ -7,15 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+import numpy as np
+
+from moecc.errors import InputError
+from moecc.solvers.placement.homes import PREFIX, Unit, aligned
 from moecc.solvers.placement.margin import solve_unseen
 from moecc.solvers.placement.placement import Placement, Solution
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.report import Figures, PlacingReport, figures, halves, judge, worse
+from moecc.solvers.placement.solve import solve
 from moecc.solvers.placement.start import identity
 
 StageProgress = Callable[[str, int, int], None]
 UNSEEN_SHARE = 0.25
-"""Of the time limit, kept for judging and for solving without each workload; at least half of it is for the latter."""
+"""Of the time limit, for solving without each workload; what the main solve leaves is added to it."""
+EVALUATIONS = 10
+"""What judging costs in all, in evaluations of one placement on one half of the traces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,46 +44,56 @@ def place(
     problem: PlacementProblem,
     *,
     leave_one_out: bool = False,
+    homes: Unit | None = None,
     layer_names: Sequence[int] | None = None,
     progress: StageProgress | None = None,
 ) -> Placed:
     """Solve on one half of every workload's sequences and judge on the other.
 
-    problem.workloads are whole traces; time_limit_s is for all solving together; max_imbalance is for sequences that
-    nobody has seen (solve_unseen). leave_one_out solves once more without each workload, if there are several, and
-    judges that placement on the workload it has not seen. An interrupt ends the solve in progress with the best
-    placement so far and skips the solves behind it; one while judging begins that anew, a second one ends it.
+    problem.workloads are whole traces; time_limit_s is for solving and judging together; max_imbalance is for sequences
+    that nobody has seen (solve_unseen). leave_one_out solves once more without each workload, if there are several,
+    and judges that placement on the workload it has not seen. homes: sequences or tokens are sent to the device of
+    their predicted experts, for which devices are renamed where that costs nothing else. An interrupt ends the solve in
+    progress with the best placement so far and skips the solves behind it; one while judging begins that anew, a
+    second one ends it.
     """
     report_progress = progress or _silent
     started = time.monotonic()
+    _check_homes(problem, homes)
     training, _ = halves(problem)
+    on_training = replace(problem, workloads=training)
     others = len(training) if leave_one_out and len(training) > 1 else 0
-    limit = problem.time_limit_s * (1 - UNSEEN_SHARE if others else 1)
-    solution = solve_unseen(
-        replace(problem, workloads=training, time_limit_s=limit),
-        partial(report_progress, "solve"),
-    )
-    interrupted = solution.certificate.interrupted
     before = identity(problem)
+    timed = time.monotonic()
+    figures(before, on_training)
+    judging = min(problem.time_limit_s / 4, (time.monotonic() - timed) * EVALUATIONS)
+    limit = (problem.time_limit_s - judging) * (1 - UNSEEN_SHARE if others else 1)
+    solution = solve_unseen(replace(on_training, time_limit_s=limit), partial(report_progress, "solve"))
+    if homes:
+        solution = _renamed(solution, on_training)
     report_progress("judge", 0, 0)
-    try:
-        report = judge(problem, before, solution.placement, layer_names=layer_names)
-    except KeyboardInterrupt:
-        interrupted = True
-        report = judge(problem, before, solution.placement, layer_names=layer_names)
+    report, cut = _judged(
+        partial(judge, problem, before, solution.placement, layer_names=layer_names, homes=homes)
+    )
+    interrupted = cut or solution.certificate.interrupted
     if others and not interrupted:
+        margin = solution.certificate.margin
         least = problem.time_limit_s * UNSEEN_SHARE / 2
         left = max(least, problem.time_limit_s - (time.monotonic() - started))
-        unseen, interrupted = _unseen(problem, before, left / others, report_progress)
-        found = [
-            f"solved without {row['workload']!r}, worse than identity on it: {row['worse']}"
-            for row in unseen
-            if row["worse"]
-        ]
-        report = replace(report, unseen=unseen, warnings=report.warnings + found)
+        alike = replace(problem, max_imbalance=margin.cap if margin else problem.max_imbalance)
+        unseen, interrupted = _unseen(alike, before, left / others, report_progress)
+        report = replace(report, unseen=unseen, warnings=report.warnings + _unseen_warnings(unseen))
     if interrupted and len(report.unseen) < others:
         report.warnings.append("interrupted: not every workload was tried unseen")
     return Placed(solution=solution, identity=before, report=report, interrupted=interrupted)
+
+
+def _judged(work: Callable[[], PlacingReport]) -> tuple[PlacingReport, bool]:
+    """The report, and whether an interrupt came while it was made."""
+    try:
+        return work(), False
+    except KeyboardInterrupt:
+        return work(), True
 
 
 def _unseen(
@@ -88,24 +105,57 @@ def _unseen(
     try:
         for index, routing in enumerate(held_out):
             rest = training[:index] + training[index + 1 :]
-            solution = solve_unseen(
-                replace(problem, workloads=rest, time_limit_s=limit),
-                partial(progress, f"without {routing.name}"),
-            )
+            task = replace(problem, workloads=rest, time_limit_s=limit)
+            solution = solve(task, partial(progress, f"without {routing.name}"))
             alone = replace(problem, workloads=(routing,))
             row = {
                 side: figures(placement, alone)["workloads"][routing.name]
                 for side, placement in (("before", before), ("after", solution.placement))
             }
             what = worse(row["before"], row["after"], problem.execution)
-            rows.append(
-                {"workload": routing.name, **row, "worse": what, "wall_s": solution.certificate.wall_s}
-            )
+            seconds = solution.certificate.wall_s
+            rows.append({"workload": routing.name, **row, "worse": what, "wall_s": seconds})
             if solution.certificate.interrupted:
                 return rows, True
     except KeyboardInterrupt:
         return rows, True
     return rows, False
+
+
+def _unseen_warnings(rows: Sequence[Figures]) -> list[str]:
+    return [
+        f"solved without {row['workload']!r}, worse than identity on it: {row['worse']}"
+        for row in rows
+        if row["worse"]
+    ]
+
+
+def _check_homes(problem: PlacementProblem, homes: Unit | None) -> None:
+    if homes is None:
+        return
+    if problem.execution == "migrate":
+        raise InputError(
+            "homes cannot be chosen: tokens stay where they land",
+            where="execution migrate",
+            hint="use execution home",
+        )
+    for routing in halves(problem)[1]:
+        longest = int(np.unique(routing.sequence_ids, return_counts=True)[1].max())
+        if homes == "sequence" and longest <= PREFIX:
+            raise InputError(
+                f"no held-out sequence is longer than {PREFIX} tokens",
+                where=f"workload {routing.name!r}",
+                hint="give longer sequences, or choose homes by token",
+            )
+
+
+def _renamed(solution: Solution, problem: PlacementProblem) -> Solution:
+    """Devices renamed for chosen homes, if every figure that the certificate rests on stays what it was."""
+    if problem.in_force is not None or problem.links is not None or problem.objective == "step":
+        return solution
+    named = aligned(solution.placement, problem.workloads)
+    old, new = (figures(placement, problem)["objective"] for placement in (solution.placement, named))
+    return replace(solution, placement=named) if abs(old - new) <= 1e-12 * abs(old) else solution
 
 
 def _silent(stage: str, done: int, total: int) -> None:

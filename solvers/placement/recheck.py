@@ -27,6 +27,8 @@ JUDGED = (
     "executions",
     "affinity",
     "layers",
+    "dispatch",
+    "homes",
     "assumptions",
 )
 
@@ -51,7 +53,10 @@ def recheck(text: str, workloads: Sequence[Routing], *, where: str = "placement.
     report, certificate = _section(data, "report", where), _section(data, "certificate", where)
     problem = _problem(report, placement, _matched(report, workloads, where), where)
     names = [row["layer"] for row in report["layers"]] if isinstance(report.get("layers"), list) else None
-    found = asdict(judge(problem, _identity(placement), placement, layer_names=names))
+    unit = report["homes"].get("unit") if isinstance(report.get("homes"), dict) else None
+    if unit not in (None, "sequence", "token"):
+        raise InputError(f"homes by {unit!r} are unknown", where=where, hint="the file was changed")
+    found = asdict(judge(problem, _identity(placement), placement, layer_names=names, homes=unit))
     pairs = list(_pairs("report", {key: found[key] for key in JUDGED}, report))
     pairs += _certificate_pairs(certificate, found["in_sample"]["after"]["objective"])
     wrong = [
@@ -91,7 +96,8 @@ def _matched(report: Mapping[str, Any], workloads: Sequence[Routing], where: str
 def _problem(
     report: Mapping[str, Any], placement: Placement, workloads: tuple[Routing, ...], where: str
 ) -> PlacementProblem:
-    known = {field.name for field in fields(PlacementProblem)}
+    # The placement in force is not in the file, and with it its budget loses its meaning.
+    known = {field.name for field in fields(PlacementProblem)} - {"in_force", "max_moved_bytes"}
     wanted = {key: value for key, value in _section(report, "request", where).items() if key in known}
     try:
         if wanted.get("links"):

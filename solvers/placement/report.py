@@ -11,6 +11,8 @@ import numpy as np
 
 from moecc.solvers.placement.check import evaluate_all, objective_of
 from moecc.solvers.placement.check_balance import imbalance_of
+from moecc.solvers.placement.dispatch import judge_dispatch
+from moecc.solvers.placement.homes import Unit, shuffle
 from moecc.solvers.placement.moves import plan_moves
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import Execution, PlacementProblem
@@ -31,7 +33,9 @@ class PlacingReport:
     execution: the weighted mean of the workloads' Metrics, `pooled_imbalance`, `balance_imbalance` (by the requested
     balance), `objective` (what was minimised), and the Metrics of each of `workloads`. in_sample: the same on the
     sequences that were solved on. executions: held-out figures under `home` and under `migrate`. affinity: a sentence
-    for each on what inter-layer affinity is worth. layers: of each layer imbalance and fan-out. moves: from the
+    for each on what inter-layer affinity is worth. layers: of each layer imbalance and fan-out. dispatch: held-out
+    figures under the engine's rule for replicas, where there are any. homes: where they are chosen, by `unit`, of each
+    workload the remote devices per token with random homes and with chosen ones, on held-out tokens. moves: from the
     placement in force, if there is one: a MovePlan, its moves as rows of layer, expert, source, target. unseen: of
     each workload the figures of a placement solved without it; empty where that was not done. warnings: what to know
     before using the placement.
@@ -46,6 +50,8 @@ class PlacingReport:
     executions: dict[str, dict[str, Figures]]
     affinity: dict[str, str]
     layers: list[Figures]
+    dispatch: Figures = field(default_factory=dict)
+    homes: Figures = field(default_factory=dict)
     moves: Figures = field(default_factory=dict)
     unseen: list[Figures] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -58,10 +64,12 @@ def judge(
     after: Placement,
     *,
     layer_names: Sequence[int] | None = None,
+    homes: Unit | None = None,
 ) -> PlacingReport:
     """Every figure of the report but `unseen`, from the placements and the whole traces of problem.workloads.
 
-    Nothing here comes from a solver. layer_names: the model's numbers of the layers, 0 and up otherwise.
+    Nothing here comes from a solver. layer_names: the model's numbers of the layers, 0 and up otherwise. homes: what
+    is sent to a home of its choice, None where homes are as the traces have them or random.
     """
     training, held_out = halves(problem)
     sides = {"before": before, "after": after}
@@ -88,6 +96,8 @@ def judge(
             {"layer": name} | _layer(index, sides, held_out)
             for index, name in enumerate(layer_names or range(problem.layers))
         ],
+        dispatch=_dispatched(problem, sides, held_out),
+        homes=_homes(after, homes, training, held_out) if homes else {},
         moves=moves(problem, after),
         warnings=_warnings(problem, in_sample, chosen),
         assumptions=sorted({routing.assumption for routing in problem.workloads} - {""}),
@@ -110,6 +120,31 @@ def figures(placement: Placement, problem: PlacementProblem) -> Figures:
         "balance_imbalance": imbalance,
         "objective": objective_of(placement, problem, evaluation),
         "workloads": {name: asdict(metrics) for name, metrics in evaluation.workloads.items()},
+    }
+
+
+def _dispatched(
+    problem: PlacementProblem, sides: Mapping[str, Placement], held_out: Sequence[Routing]
+) -> Figures:
+    if problem.slots == problem.num_experts:
+        return {}
+    judged = {
+        side: asdict(judge_dispatch(placement, held_out, problem.dispatch, problem.seed))
+        for side, placement in sides.items()
+    }
+    return {"rule": problem.dispatch, **judged}
+
+
+def _homes(
+    placement: Placement, unit: Unit, training: Sequence[Routing], held_out: Sequence[Routing]
+) -> Figures:
+    chosen = {routing.name: shuffle(placement, training, routing, unit) for routing in held_out}
+    return {
+        "unit": unit,
+        "workloads": {
+            name: {"random": found.before, "chosen": found.after, "fullest": found.most}
+            for name, found in chosen.items()
+        },
     }
 
 

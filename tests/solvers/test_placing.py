@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.solvers.placement import Placement, PlacementProblem, evaluate, identity
+from moecc.solvers.placement.dispatch import judge_dispatch
+from moecc.solvers.placement.homes import Unit
 from moecc.solvers.placement.placing import Placed, place
 from moecc.solvers.placement.recheck import recheck
 from moecc.solvers.placement.report import judge, worse
@@ -193,3 +196,55 @@ def test_a_sweep_trades_traffic_for_balance() -> None:
     assert points[0].cost >= points[1].cost
     assert len(swept_layers(asked)) == 6
     assert swept_layers(replace(asked, execution="migrate")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_replicas_are_judged_by_the_engine_s_rule() -> None:
+    found = place(problem(made("a", 1), slots_per_device=3, dispatch="nearest"))
+    held_out = (made("a", 1).split()[1],)
+    expected = judge_dispatch(found.solution.placement, held_out, "nearest")
+    assert found.report.dispatch["rule"] == "nearest"
+    assert found.report.dispatch["after"] == asdict(expected)
+    assert place(problem(made("a", 1))).report.dispatch == {}
+    assert recheck(found.to_json(), (made("a", 1),)).wrong == ()
+
+
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+def test_chosen_homes_are_judged_and_cost_nothing_else(unit: Unit) -> None:
+    asked = problem(made("a", 1, groups=True))
+    found = place(asked, homes=unit)
+    row = found.report.homes["workloads"]["a"]
+    # One device serves both experts of a token in every layer, the same one after renaming; a full one sends some away.
+    assert row["random"] == pytest.approx(0.75)
+    assert row["chosen"] < (0.1 if unit == "token" else 0.75)
+    # Two held-out sequences cannot fill four devices.
+    assert row["fullest"] == (1.0 if unit == "token" else 2.0)
+    assert found.report.in_sample["after"]["objective"] == found.solution.certificate.objective
+    assert recheck(found.to_json(), (made("a", 1, groups=True),)).wrong == ()
+
+
+def test_homes_that_cannot_be_chosen_are_refused_before_solving() -> None:
+    with pytest.raises(InputError, match="tokens stay where they land"):
+        place(problem(made("a", 1), execution="migrate"), homes="token")
+    short = replace(made("a", 1), sequence_ids=np.arange(1024, dtype=np.int32) // 16)
+    with pytest.raises(InputError, match="no held-out sequence is longer than 32 tokens"):
+        place(problem(short), homes="sequence")
+
+
+def test_moves_from_a_placement_in_force_keep_their_budget() -> None:
+    old = identity(problem(made("a", 1)))
+    asked = problem(made("a", 1), in_force=old, expert_bytes=10, max_moved_bytes=45)
+    found = place(asked)
+    moves = found.report.moves
+    assert moves["experts"] == len(moves["schedule"]) == sum(moves["rounds"]) <= 4
+    assert moves["moved_bytes"] == 10 * moves["experts"]
+    assert recheck(found.to_json(), (made("a", 1),)).wrong == ()
+
+
+def test_time_is_kept() -> None:
+    large = [
+        replace(assumed_routing("zipf", layers=8, experts=32, top_k=4, tokens=4096, seed=s), name=f"w{s}")
+        for s in range(2)
+    ]
+    started = time.monotonic()
+    place(problem(*large, devices=8, slots_per_device=4, max_imbalance=1.2), leave_one_out=True)
+    assert time.monotonic() - started < 4.0 * 1.5
