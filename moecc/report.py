@@ -128,6 +128,8 @@ def _notes(module: Module, cluster: Cluster) -> list[str]:
         notes += [f"placement, fan-out and times rest on an {text}" for text in figures["assumptions"]]
         if placement["certificate"]["note"]:
             notes.append(f"placement: {placement['certificate']['note']}")
+        notes += [f"placement: {text}" for text in figures["warnings"]]
+        notes += [f"execution {name}: {text}" for name, text in figures["affinity"].items()]
         if figures["after"]["imbalance"] > 1.5 * figures["before"]["imbalance"]:
             notes.append("the placement trades balance for traffic: set placement.max_imbalance to bound it")
     for function in module.functions:

@@ -21,6 +21,8 @@ from moecc.solvers.routing import Routing
 Figures = dict[str, Any]
 EXECUTIONS: tuple[Execution, ...] = ("home", "migrate")
 COSTS = {"home": "fan_out", "migrate": "hops"}
+NOISE = 0.01
+"""A workload that was solved for is called worse from here on: halves of a trace differ by about as much."""
 NOUNS = {"fan_out": "devices per token", "hops": "hops per token", "imbalance": "imbalance"}
 
 
@@ -211,12 +213,14 @@ def affinity(executions: Mapping[str, Mapping[str, Figures]], chosen: Execution)
     }
 
 
-def worse(before: Mapping[str, float], after: Mapping[str, float], execution: Execution) -> str:
-    """Empty, or in which figures `after` is worse than identity, with both values."""
+def worse(
+    before: Mapping[str, float], after: Mapping[str, float], execution: Execution, *, slack: float = 1e-9
+) -> str:
+    """Empty, or in which figures `after` is worse than identity by more than the share `slack`, with both values."""
     found = [
         f"{NOUNS[key]} {after[key]:.3f} against {before[key]:.3f}"
         for key in (COSTS[execution], "imbalance")
-        if after[key] > before[key] * (1 + 1e-9)
+        if after[key] > before[key] * (1 + slack)
     ]
     return " and ".join(found)
 
@@ -226,7 +230,7 @@ def _warnings(
 ) -> list[str]:
     found = []
     for name, after in held_out["after"]["workloads"].items():
-        if what := worse(held_out["before"]["workloads"][name], after, problem.execution):
+        if what := worse(held_out["before"]["workloads"][name], after, problem.execution, slack=NOISE):
             found.append(f"worse than identity on held-out sequences of {name!r}: {what}")
     cap, reached = problem.max_imbalance, held_out["after"]["balance_imbalance"]
     if cap is not None and reached > cap + 1e-9:
