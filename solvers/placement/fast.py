@@ -31,11 +31,7 @@ def fast_balance(
     """
     started = time.monotonic()
     shares = _shares(loads, devices, slots_per_device)
-    experts = _replicate(shares.max(axis=0), devices * slots_per_device, devices)
-    replicas = np.stack([np.bincount(row, minlength=shares.shape[2]) for row in experts])
-    unit = np.take_along_axis(shares / replicas, np.broadcast_to(experts, (len(shares), *experts.shape)), 2)
-    packed = _pack(unit, experts, devices, slots_per_device)
-    packed.improve(started + time_limit_s)
+    packed = _balanced(shares, devices, slots_per_device, started + time_limit_s)
     return Placement(
         physical_to_logical=packed.rows().astype(np.int32),
         devices=devices,
@@ -43,6 +39,26 @@ def fast_balance(
         slots_per_device=slots_per_device,
         num_experts=shares.shape[2],
     )
+
+
+def fast_start(tables: list[LayerLoads], slots_per_device: int, deadline: float) -> list[tuple[Ints, Ints]]:
+    """The expert and the device of every unit, sorted by expert, a pair for each layer; deadline: of time.monotonic.
+
+    Balanced under the worst row of the tables; under their mixture where the rows are batches, as many are noise.
+    """
+    rows = [t.loads if t.rule != "cvar" else (t.shares @ t.loads)[None] for t in tables]
+    packed = _balanced(np.stack(rows, axis=1), tables[0].devices, slots_per_device, deadline)
+    return list(zip(packed.experts, packed.device_of, strict=True))
+
+
+def _balanced(shares: Floats, devices: int, width: int, deadline: float) -> _Packed:
+    """shares: [workloads, layers, experts] in units of the mean device load."""
+    experts = _replicate(shares.max(axis=0), devices * width, devices)
+    replicas = np.stack([np.bincount(row, minlength=shares.shape[2]) for row in experts])
+    unit = np.take_along_axis(shares / replicas, np.broadcast_to(experts, (len(shares), *experts.shape)), 2)
+    packed = _pack(unit, experts, devices, width)
+    packed.improve(deadline)
+    return packed
 
 
 def _shares(loads: NDArray[np.float64], devices: int, width: int) -> Floats:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints, LayerLoads, layer_loads
 from moecc.solvers.placement.bounds import lower_bound
+from moecc.solvers.placement.fast import fast_start
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.search import TOLERANCE, Clock, balance_layer
-from moecc.solvers.placement.start import balanced_start, replicate
 
 
 @dataclass(kw_only=True)
@@ -64,11 +64,12 @@ class Work:
 
 def begin(problem: PlacementProblem, clock: Clock, tick: Callable[[int, int], None]) -> Work:
     """Every layer replicated and balanced greedily: a valid placement from the first moment."""
-    layers = []
-    for table in layer_loads(problem):
-        experts = replicate(table.shares @ table.loads, problem.slots, problem.devices)
-        device_of = balanced_start(table, experts, problem.slots_per_device)
-        layers.append(LayerState(table=table, experts=experts, device_of=device_of))
+    tables = layer_loads(problem)
+    starts = fast_start(tables, problem.slots_per_device, clock.deadline)
+    layers = [
+        LayerState(table=table, experts=experts, device_of=device_of)
+        for table, (experts, device_of) in zip(tables, starts, strict=True)
+    ]
     caps = np.full(problem.layers, np.inf)
     return Work(
         problem=problem,

@@ -41,14 +41,14 @@ class PlacementProblem:
     over layers: step_cost.fixed_us + the largest, over devices, of the time for its rows and for the bytes it
     receives over `links` (None: tiers by node), with tokens homed evenly on all devices; `home` only.
 
-    balance `workload` is the weighted mean of the workloads' own imbalances, `pooled` the imbalance of their weighted mixture, `worst` that of the layer's worst workload
-    (weights do not count), `cvar` the mean imbalance of the worst 1 - cvar_alpha share of batches: batch_tokens
-    tokens of one workload, from distinct sequences as far as there are (batches.draw_batches, seeded with `seed`).
-    A workload's share is its weight, whatever the length of its trace. max_imbalance caps that mean over layers;
-    None: no cap.
+    balance `workload` is the weighted mean of the workloads' own imbalances, `pooled` the imbalance of their
+    weighted mixture, `worst` that of the layer's worst workload (weights do not count), `cvar` the mean imbalance of
+    the worst 1 - cvar_alpha share of batches: batch_tokens tokens of one workload, from distinct sequences as far as
+    there are (batches.draw_batches, seeded with `seed`). A workload's share is its weight, whatever the length of its
+    trace. max_imbalance caps that mean over layers; None: no cap.
 
     dispatch: the engine's rule for which replica serves a token; the search balances an even split, which is also
-    the mean of `random`, and the certificate states the imbalance under the rule (see dispatch.fractions).
+    the mean of `random`; judge_dispatch and the report state what the rule makes of it.
     in_force: the placement that is to be left, perhaps on fewer or more devices: device d stays device d, devices
     come and go at the end. max_moved_bytes caps the expert weights (expert_bytes each) that devices receive, all
     layers together; None: the moves are few, but not capped.
