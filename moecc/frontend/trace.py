@@ -1,8 +1,8 @@
 """Routing traces: `.npz` files with `topk_ids` [tokens, layers, top_k] and `num_experts`, one a workload.
 
-Optional arrays: `topk_weights` (same shape), `sequence_ids` [tokens], and `assumption`, the sentence of a routing
-that nobody measured, so that it cannot come back as a measured one. Sizes are judged by the array headers before
-anything is read; nothing is ever unpickled.
+Optional arrays: `topk_weights` (same shape), `sequence_ids` [tokens], `homes` [tokens], the device that each token's
+attention runs on, and `assumption`, the sentence of a routing that nobody measured, so that it cannot come back as a
+measured one. Sizes are judged by the array headers before anything is read; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ MAX_RATIO, RATIO_FREE_BYTES = 200, 64 << 20
 MAX_TEXT = 1000
 CHUNK_TOKENS = 4096
 
-_KNOWN = ("topk_ids", "num_experts", "topk_weights", "sequence_ids", "assumption")
+_KNOWN = ("topk_ids", "num_experts", "topk_weights", "sequence_ids", "homes", "assumption")
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -73,7 +73,8 @@ def load_trace(path: Path, name: str | None = None) -> Routing:
             raise _error(path, f"the array '{key}' is missing", "a trace needs topk_ids and num_experts")
     experts = int(arrays["num_experts"].reshape(()))
     ids, weights, sequences = arrays["topk_ids"], arrays.get("topk_weights"), arrays.get("sequence_ids")
-    for what, hint in _problems(ids, experts, weights, sequences):
+    homes = arrays.get("homes")
+    for what, hint in _problems(ids, experts, weights, {"sequence_ids": sequences, "homes": homes}):
         raise _error(path, what, hint)
     tokens = ids.shape[0]
     return Routing(
@@ -82,6 +83,7 @@ def load_trace(path: Path, name: str | None = None) -> Routing:
         num_experts=experts,
         sequence_ids=np.zeros(tokens, np.int32) if sequences is None else sequences.astype(np.int32),
         assumption=str(arrays["assumption"]) if "assumption" in arrays else "",
+        homes=None if homes is None else homes.astype(np.int32),
     )
 
 
@@ -97,7 +99,8 @@ def save_trace(
     ids, sequences = routing.topk_ids, routing.sequence_ids
     with np.errstate(over="ignore"):
         weights = None if topk_weights is None else topk_weights.astype(np.float16)
-    for what, hint in _problems(ids, routing.num_experts, weights, sequences):
+    each = {"sequence_ids": sequences, "homes": routing.homes}
+    for what, hint in _problems(ids, routing.num_experts, weights, each):
         raise _error(path, what, hint)
     arrays: dict[str, NDArray[Any]] = {
         "topk_ids": ids.astype(np.int16),
@@ -106,6 +109,8 @@ def save_trace(
     }
     if weights is not None:
         arrays["topk_weights"] = weights
+    if routing.homes is not None:
+        arrays["homes"] = routing.homes.astype(np.int32)
     if routing.assumption:
         arrays["assumption"] = np.array(routing.assumption[:MAX_TEXT])
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -199,6 +204,7 @@ _HINTS = {
     "num_experts": "num_experts is one integer",
     "topk_weights": "topk_weights is float16 [tokens, layers, top_k]",
     "sequence_ids": "sequence_ids is int32 [tokens]",
+    "homes": "homes is int32 [tokens], device numbers",
     "assumption": f"assumption is a text of at most {MAX_TEXT} characters",
 }
 
@@ -209,6 +215,7 @@ def _header_problem(name: str, header: _Header) -> str | None:
         "num_experts": ("iu", "an integer", 0),
         "topk_weights": ("f", "floating-point numbers", 3),
         "sequence_ids": ("iu", "integers", 1),
+        "homes": ("iu", "integers", 1),
         "assumption": ("U", "a text", 0),
     }[name]
     if header.dtype.kind not in kinds:
@@ -221,7 +228,10 @@ def _header_problem(name: str, header: _Header) -> str | None:
 
 
 def _problems(
-    ids: NDArray[Any], experts: int, weights: NDArray[Any] | None, sequences: NDArray[Any] | None
+    ids: NDArray[Any],
+    experts: int,
+    weights: NDArray[Any] | None,
+    per_token: Mapping[str, NDArray[Any] | None],
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with a trace as (what, hint); shapes first, then values."""
     if ids.ndim != 3:
@@ -237,13 +247,20 @@ def _problems(
     if top_k > experts:
         yield f"top_k {top_k} is larger than num_experts {experts}", "correct num_experts"
         return
-    if sequences is not None and sequences.shape != (tokens,):
-        yield f"sequence_ids has shape {list(sequences.shape)} for {tokens} tokens", "one id for each token"
-        return
-    if sequences is not None and not (
-        int(sequences.min()) >= -(1 << 31) and int(sequences.max()) < (1 << 31)
-    ):
-        yield "sequence_ids do not fit int32", "number the sequences from 0"
+    for name, values in per_token.items():
+        if values is None:
+            continue
+        if values.shape != (tokens,):
+            yield f"{name} has shape {list(values.shape)} for {tokens} tokens", "one id for each token"
+            return
+        if not (int(values.min()) >= -(1 << 31) and int(values.max()) < (1 << 31)):
+            yield (
+                f"{name} do not fit int32",
+                "number the sequences from 0" if name == "sequence_ids" else "number devices from 0",
+            )
+    homes = per_token.get("homes")
+    if homes is not None and int(homes.min()) < 0:
+        yield f"homes hold {int(homes.min())}", "homes are device numbers from 0"
     if weights is not None and weights.shape != ids.shape:
         yield (
             f"topk_weights has shape {list(weights.shape)}, topk_ids {list(ids.shape)}",

@@ -323,3 +323,17 @@ def test_published_traces_load() -> None:
     assert (routing.layers, routing.num_experts, routing.top_k) == (26, 64, 6)
     assert routing.assumption == ""
     np.testing.assert_allclose(routing.loads().sum(axis=1), 1)
+
+
+def test_homes_round_trip_and_are_checked(tmp_path):
+    ids = np.zeros((3, 1, 1), np.int16)
+    routing = Routing("a", ids, 2, np.zeros(3, np.int32), homes=np.array([0, 2, 1], np.int32))
+    save_trace(tmp_path / "a.npz", routing)
+    homes = load_trace(tmp_path / "a.npz").homes
+    assert homes is not None
+    assert homes.tolist() == [0, 2, 1]
+    for bad, message in (([0, 1], "homes has shape [2] for 3 tokens"), ([0, -1, 0], "homes hold -1")):
+        np.savez(tmp_path / "b.npz", topk_ids=ids, num_experts=np.array(2), homes=np.array(bad))
+        with pytest.raises(InputError) as error:
+            load_trace(tmp_path / "b.npz")
+        assert message in str(error.value)
