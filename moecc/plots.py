@@ -28,7 +28,9 @@ FORMATS = ("png", "svg")
 # Okabe and Ito's palette and cividis are told apart with any colour vision.
 GREY, BLUE, ORANGE = "#7f7f7f", "#0072B2", "#D55E00"
 SEQUENTIAL = "cividis"
-MAX_TICKS = 16
+WIDE_TICKS, TICKS = 16, 8
+MAX_DEVICES = 64
+"""With more than these, devices are drawn as areas, and traffic between nodes."""
 
 
 def image_format(path: Path) -> str:
@@ -65,10 +67,10 @@ def draw_placed(
     _draw_traffic(
         figure, [figure.add_subplot(grid[2, i]) for i in (0, 1)], problem, (before, after), held_out
     )
-    names = ", ".join(routing.name for routing in held_out)
+    names, width = ", ".join(routing.name for routing in held_out), after.slots_per_device
     figure.suptitle(
         f"{after.layers} layers of {after.num_experts} experts on {after.devices} devices,"
-        f" {after.slots_per_device} slots each\nheld-out sequences of {names}",
+        f" {width} slot{'s' if width > 1 else ''} each\nheld-out sequences of {names}",
         fontsize=13,
     )
     buffer = io.BytesIO()
@@ -102,11 +104,11 @@ def _draw_slots(figure: Figure, axes: Axes, placement: Placement, loads: Floats)
         shown, aspect="auto", cmap=SEQUENTIAL, vmin=0, vmax=np.quantile(shown, 0.995), interpolation="nearest"
     )
     width = placement.slots_per_device
-    if placement.devices <= 64:
+    if placement.devices <= MAX_DEVICES:
         for device in range(1, placement.devices):
             node = device % placement.devices_per_node == 0
             axes.axvline(device * width - 0.5, color="white", linewidth=2.5 if node else 0.8)
-    shown_devices = _ticks(placement.devices)
+    shown_devices = _ticks(placement.devices, WIDE_TICKS)
     axes.set_xticks(shown_devices * width + (width - 1) / 2, [str(d) for d in shown_devices])
     axes.set(xlabel="device (its slots side by side, busiest first)", ylabel="layer with experts")
     axes.set_title("Placement: load of every slot's expert")
@@ -114,22 +116,18 @@ def _draw_slots(figure: Figure, axes: Axes, placement: Placement, loads: Floats)
 
 
 def _draw_loads(axes: Axes, placement: Placement, slots: Sequence[Floats], cap: float | None) -> None:
-    device = np.arange(placement.devices)
+    device, many = np.arange(placement.devices), placement.devices > MAX_DEVICES
     for loads, name, colour, shift, marker in zip(
         slots, ("identity", "this placement"), (GREY, BLUE), (-0.16, 0.16), "so", strict=True
     ):
         table = _device_loads(placement, loads)
-        low, high = table.min(axis=0), table.max(axis=0)
-        axes.vlines(device + shift, low, high, color=colour, linewidth=2 if len(device) <= 32 else 1)
-        axes.plot(
-            device + shift,
-            table.mean(axis=0),
-            marker,
-            color=colour,
-            label=name,
-            markersize=4,
-            linestyle="none",
-        )
+        low, mean, high = table.min(axis=0), table.mean(axis=0), table.max(axis=0)
+        if many:
+            axes.fill_between(device, low, high, color=colour, alpha=0.35, linewidth=0)
+            axes.plot(device, mean, color=colour, linewidth=1.2, label=name)
+        else:
+            axes.vlines(device + shift, low, high, color=colour, linewidth=2)
+            axes.plot(device + shift, mean, marker, color=colour, label=name, markersize=4, linestyle="none")
     axes.axhline(1, color="black", linewidth=0.8)
     if cap is not None:
         axes.axhline(
@@ -138,7 +136,7 @@ def _draw_loads(axes: Axes, placement: Placement, slots: Sequence[Floats], cap: 
     axes.set_xticks(_ticks(placement.devices))
     axes.set(xlabel="device", ylabel="load / mean device load", ylim=(0, None))
     axes.set_title("Load of each device: mean, least, most over layers")
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="upper right" if many else "lower right")
 
 
 def _draw_sweep(
@@ -155,10 +153,13 @@ def _draw_sweep(
             linewidth=1.2,
             label="best of a short sweep of caps",
         )
+    labels: dict[tuple[float, float], list[str]] = {}
     for point in points:
+        labels.setdefault((point.imbalance, point.cost), []).append(point.label.removeprefix("cap "))
+    for place, names in labels.items():
         axes.annotate(
-            point.label.removeprefix("cap "),
-            (point.imbalance, point.cost),
+            ", ".join(names),
+            place,
             xytext=(4, 4),
             textcoords="offset points",
             fontsize=8,
@@ -196,14 +197,20 @@ def _draw_traffic(
         np.asarray(sum(s * measure(p, r) for s, r in zip(problem.shares, held_out, strict=True)))
         for p in sides
     ]
+    unit, count = "device", problem.devices
+    totals = [float(table.sum()) for table in tables]
+    if count > MAX_DEVICES:
+        per_node = problem.devices_per_node
+        unit, count = "node", count // per_node
+        tables = [table.reshape(count, per_node, count, per_node).sum(axis=(1, 3)) for table in tables]
     top = max(float(table.max()) for table in tables) or 1.0
     noun = "hops" if problem.execution == "migrate" else "copies"
-    for one, table, name in zip(axes, tables, ("identity", "this placement"), strict=True):
+    for one, table, total, name in zip(axes, tables, totals, ("identity", "this placement"), strict=True):
         image = one.imshow(table, cmap=SEQUENTIAL, vmin=0, vmax=top, interpolation="nearest")
-        one.set_xticks(_ticks(problem.devices))
-        one.set_yticks(_ticks(problem.devices))
-        one.set(xlabel="to device", ylabel="from device")
-        one.set_title(f"Traffic, {name}: {table.sum():.3f} {noun} per token and layer")
+        one.set_xticks(_ticks(count))
+        one.set_yticks(_ticks(count))
+        one.set(xlabel=f"to {unit}", ylabel=f"from {unit}")
+        one.set_title(f"Traffic, {name}: {total:.3f} {noun} per token and layer", fontsize=11)
     figure.colorbar(image, ax=axes[1], label=f"{noun} per token and layer")
 
 
@@ -222,5 +229,5 @@ def _hops_between(placement: Placement, routing: Routing) -> Floats:
     return np.asarray(table, np.float64)
 
 
-def _ticks(count: int) -> NDArray[np.int64]:
-    return np.arange(0, count, -(-count // MAX_TICKS))
+def _ticks(count: int, most: int = TICKS) -> NDArray[np.int64]:
+    return np.arange(0, count, -(-count // most))

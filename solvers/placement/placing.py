@@ -66,7 +66,7 @@ def place(
     before = identity(problem)
     timed = time.monotonic()
     figures(before, on_training)
-    judging = min(problem.time_limit_s / 4, (time.monotonic() - timed) * EVALUATIONS)
+    judging = min(problem.time_limit_s / 2, (time.monotonic() - timed) * EVALUATIONS)
     limit = (problem.time_limit_s - judging) * (1 - UNSEEN_SHARE if others else 1)
     solution = solve_unseen(replace(on_training, time_limit_s=limit), partial(report_progress, "solve"))
     if homes:
