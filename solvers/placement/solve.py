@@ -46,7 +46,7 @@ def solve(
         start_in_force(work)
     placement = to_placement(problem, [(layer.experts, layer.device_of) for layer in work.layers])
     timed = time.monotonic()
-    evaluate_all(placement, problem.workloads, problem.execution)
+    objective_of(placement, problem, evaluate_all(placement, problem.workloads, problem.execution))
     imbalance_of(placement, problem)
     # The result is judged once more at the end, by the check and by the solver: that time is kept free.
     clock.deadline -= 2.5 * (time.monotonic() - timed) + 0.01
@@ -97,7 +97,7 @@ def _balance(work: Work, team: Team) -> bool:
         team.run(work, partial(balance, stop_at=cap))
         if any(layer.imbalance > cap for layer in work.layers):
             team.run(work, partial(balance, stop_at=1.0))
-    elif problem.objective != "traffic":
+    elif problem.objective == "load":
         team.run(work, partial(balance, stop_at=1.0))
     return cap is None or spread_cap(work, cap)
 

@@ -216,6 +216,8 @@ def search_step(work: Work) -> None:
     total = ROUNDS * len(work.layers)
     costs = [np.inf] * len(work.layers)
     for step in range(total):
+        if work.clock.passed(np.inf):
+            return
         round_, index = divmod(step, len(work.layers))
         layer = work.layers[index]
         rows = step_rows(problem, index, layer.experts)
@@ -244,7 +246,14 @@ def layer_us(work: Work, index: int) -> float:
     """The predicted time of a layer as it stands."""
     layer, rate = work.layers[index], rates(work.problem)
     rows = step_rows(work.problem, index, layer.experts)
-    return rate.fixed + StepSwaps(rows, layer.table, rate, layer.device_of).cost
+    device_of = np.append(layer.device_of, work.problem.devices)
+    look = rows.home.look(np.arange(len(rows.home.ids)), device_of)
+    used = np.zeros((len(look.items), work.problem.devices))
+    np.put_along_axis(used, layer.device_of[look.items], 1.0, 1)
+    by_node = used.reshape(len(used), -1, work.problem.devices_per_node).max(axis=2)
+    loads = DeviceLoads(layer.table, layer.experts, layer.device_of).sums
+    times = rate.times(loads, rows.weight.T @ used, rows.weight.T @ by_node)
+    return rate.fixed + float(layer.table.combine(times.max(axis=1)))
 
 
 def least_us(work: Work) -> list[float]:
