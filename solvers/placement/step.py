@@ -90,32 +90,44 @@ class _Reach:
 
     A swap of u (group a) with v (group b) brings a the sets with v and nothing on a, and takes those where u is alone
     on a, but for those that have v as well: gain[v, a] - lost[u] + both[u, v]. All with the rows of the load table
-    first; chosen: [sets, units], 1 where a set uses the unit.
+    first; items: [sets, top_k] units. Sums are scattered, not multiplied: BLAS threads cost more than they bring here.
     """
 
-    def __init__(self, chosen: Floats, weight: Floats, group_of: Ints, groups: int) -> None:
+    def __init__(self, items: Ints, weight: Floats, group_of: Ints, groups: int) -> None:
         self.weight, self.groups = weight, groups
-        shape = (weight.shape[1], chosen.shape[1])
+        shape = (weight.shape[1], len(group_of))
         self.reach = np.zeros((shape[0], groups))
         self.gain = np.zeros((*shape, groups))
         self.lost = np.zeros(shape)
         self.both = np.zeros((*shape, shape[1]))
-        self.add(np.arange(len(chosen)), chosen, group_of, 1.0)
+        self.add(np.arange(len(items)), items, group_of, 1.0)
 
-    def add(self, sets: Ints, chosen: Floats, group_of: Ints, sign: float) -> None:
-        """chosen: [sets, units]."""
-        counts = chosen @ np.eye(self.groups)[group_of]
-        alone, absent = chosen * (counts[:, group_of] == 1), counts == 0
-        for row, weight in enumerate(sign * self.weight[sets].T):
-            self.reach[row] += weight @ ~absent
-            self.gain[row] += (chosen * weight[:, None]).T @ absent
-            self.lost[row] += weight @ alone
-            self.both[row] += (alone * weight[:, None]).T @ chosen
+    def add(self, sets: Ints, items: Ints, group_of: Ints, sign: float) -> None:
+        """items: of these sets, [sets, top_k]."""
+        at, (rows, units) = group_of[items], self.lost.shape
+        flat = np.arange(len(items))[:, None] * self.groups + at
+        counts = np.bincount(flat.ravel(), minlength=len(items) * self.groups).reshape(-1, self.groups)
+        alone, absent = np.take_along_axis(counts, at, 1) == 1, counts == 0
+        others = items[:, :, None] * self.groups + np.arange(self.groups)
+        joint = items[:, :, None] * units + items[:, None, :]
+        for row in range(rows):
+            weight = sign * self.weight[sets, row]
+            lone = alone * weight[:, None]
+            self.reach[row] += (~absent * weight[:, None]).sum(axis=0)
+            self.lost[row] += np.bincount(items.ravel(), lone.ravel(), minlength=units)
+            _scatter(
+                self.gain[row], others, np.broadcast_to((absent * weight[:, None])[:, None], others.shape)
+            )
+            _scatter(self.both[row], joint, np.broadcast_to(lone[:, :, None], joint.shape))
 
     def changes(self, group_of: Ints) -> Floats:
         """[rows, u, v]: at the group of u if u and v change places."""
         moved = self.gain[:, :, group_of].transpose(0, 2, 1) - self.lost[:, :, None] + self.both
         return np.where(group_of[:, None] == group_of, 0.0, moved)
+
+
+def _scatter(table: Floats, cells: Ints, values: Floats) -> None:
+    table += np.bincount(cells.ravel(), values.ravel(), minlength=table.size).reshape(table.shape)
 
 
 class StepSwaps:
@@ -131,10 +143,10 @@ class StepSwaps:
         self.loads = DeviceLoads(table, rows.home.experts, device_of)
         holds = [np.flatnonzero((rows.home.ids == e).any(axis=1)) for e in range(table.loads.shape[1])]
         self.holders = [holds[expert] for expert in rows.home.experts]
-        self.chosen = self._choose(np.arange(len(rows.home.ids)))
+        self.items = rows.home.look(np.arange(len(rows.home.ids)), self.device_of).items.copy()
         nodes = int(rate.node_of.max()) + 1
-        self.devices = _Reach(self.chosen, rows.weight, device_of, rows.home.devices)
-        self.nodes = _Reach(self.chosen, rows.weight, rate.node_of[device_of], nodes)
+        self.devices = _Reach(self.items, rows.weight, device_of, rows.home.devices)
+        self.nodes = _Reach(self.items, rows.weight, rate.node_of[device_of], nodes)
         self.node_rate = np.bincount(rate.node_of, rate.per_node) / np.bincount(rate.node_of)
 
     @property
@@ -167,18 +179,13 @@ class StepSwaps:
         self.loads.swap(u, v, int(at[u]), int(at[v]))
         at[u], at[v] = at[v], at[u]
         # Gains and losses are by the groups of all units: the moved ones must be in place before sets are counted.
-        self.chosen[sets] = self._choose(sets)
+        self.items[sets] = self.rows.home.look(sets, at).items
         self._count(sets, 1.0)
 
     def _count(self, sets: Ints, sign: float) -> None:
-        at, chosen = self.device_of[:-1], self.chosen[sets]
-        self.devices.add(sets, chosen, at, sign)
-        self.nodes.add(sets, chosen, self.rate.node_of[at], sign)
-
-    def _choose(self, sets: Ints) -> Floats:
-        chosen = np.zeros((len(sets), len(self.device_of) - 1))
-        np.put_along_axis(chosen, self.rows.home.look(sets, self.device_of).items, 1.0, 1)
-        return chosen
+        at, items = self.device_of[:-1], self.items[sets]
+        self.devices.add(sets, items, at, sign)
+        self.nodes.add(sets, items, self.rate.node_of[at], sign)
 
     def _others(self, times: Floats, at: Ints, node: Ints, at_node: Floats) -> Floats:
         """[rows, u, v]: the slowest device but those of u and v, after the swap."""
