@@ -74,14 +74,13 @@ def anneal(work: Work, table: Singles, share: float) -> None:
     noise = rng.gumbel(size=NOISE).astype(np.float32)
     begun = time.monotonic()
     allowed = share * max(0.0, work.clock.deadline - begun)
-    done = 0.0
     halves = [np.arange(first, len(work.layers), 2) for first in (0, 1)]
     hot = chain.spread(halves)
     steps = STEPS * work.problem.slots
     for step in range(steps):
         # On a slow machine the clock takes the temperature down sooner; then the answer depends on it.
         late = (time.monotonic() - begun) / max(allowed, 1e-9)
-        work.clock.cut |= late > max(done, 1.0)
+        work.clock.cut |= late > (step + 1) / steps
         done = max((step + 1) / steps, late)
         if late >= 1:
             break
