@@ -138,7 +138,9 @@ def test_opt_continues_from_any_dump(compiled: Any) -> None:
 
 def test_what_does_not_fit_fails_and_leaves_the_old_artifact(compiled: Any, tmp_path: Path) -> None:
     result = moecc("compile", "--preset", "deepseek-v3", "--devices-per-node", 1, "-o", compiled[0])
-    assert_one_line_error(result, 1, "one device needs", "weights 1342.1", "has 80.0 GB; hint: use more devices")
+    assert_one_line_error(
+        result, 1, "one device needs", "weights 1342.1", "has 80.0 GB; hint: use more devices"
+    )
     load_artifact(compiled[0])
 
 

@@ -49,7 +49,7 @@ class Ranks:
         return len(self.slots)
 
     def shares(self, ids: Tensor) -> Iterator[Share]:
-        """Every rank's part of a batch with ids [tokens, top_k]; of an expert's replicas token t takes number t mod count."""
+        """Every rank's part of a batch with ids [tokens, top_k]; of n replicas token t takes number t mod n."""
         import torch
 
         replicas: dict[int, list[tuple[int, int]]] = {}

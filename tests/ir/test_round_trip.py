@@ -23,7 +23,14 @@ ATTENTION = {
     "kv_bytes_per_token": 4,
     "context": 5,
 }
-EXCHANGE = {"devices": 4, "slots": 2, "fan_out": 1.75, "remote_devices": 1.3, "remote_nodes": 0.0, "tasks": ["a.0"]}
+EXCHANGE = {
+    "devices": 4,
+    "slots": 2,
+    "fan_out": 1.75,
+    "remote_devices": 1.3,
+    "remote_nodes": 0.0,
+    "tasks": ["a.0"],
+}
 EXPERTS = {"gate_up": "weights<8 x 12 x 16 x float16>", "down": "weights<8 x 16 x 6 x float16>"}
 BIASES = {"gate_up_bias": "weights<8 x 12 x float16>", "down_bias": "weights<8 x 16 x float16>"}
 X, ROUTING, PLAN = "tokens<T x 16 x float16>", "routing<T x 3 of 8>", "plan<3*T of 8>"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
+import itertools
 import threading
 import time
 from functools import partial
@@ -48,11 +48,14 @@ def test_workers_keep_the_time_limit():
 def test_an_interrupt_returns_the_workers_best():
     problem = problem_of(layers=12, tokens=3000, experts=64, max_imbalance=1.3, time_limit_s=60, workers=2)
     before = solve(PlacementProblem(**{**vars(problem), "time_limit_s": 0.01, "workers": 1}))
-    timer = threading.Timer(4.0, _thread.interrupt_main)
-    started = time.monotonic()
-    timer.start()
-    solution = solve(problem)
-    assert time.monotonic() - started < 15
+    reports = itertools.count()
+
+    def interrupt(done: int, total: int) -> None:
+        if done and next(reports) == 18:  # every layer was balanced, half of them searched
+            raise KeyboardInterrupt
+
+    solution = solve(problem, interrupt)
+    assert next(reports) > 18
     assert solution.certificate.interrupted
     assert solution.certificate.objective < before.certificate.objective
 
