@@ -62,7 +62,7 @@ def compile_batch(jobs: Sequence[Job]) -> list[list[CompiledKernel]]:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory(prefix="moecc-") as cache:
         # A cache of its own: whoever empties the user's while Triton works would break the compilation.
-        env = {"TRITON_CACHE_DIR": cache, **inherited, "TRITON_DISABLE_LINE_INFO": "1"}
+        env = {**inherited, "TRITON_CACHE_DIR": cache, "TRITON_DISABLE_LINE_INFO": "1"}
         process = subprocess.run(
             [sys.executable, "-m", "moecc.codegen.aot_worker"],
             input=pickle.dumps(list(jobs)),

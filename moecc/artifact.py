@@ -58,18 +58,28 @@ def check_destination(folder: Path) -> None:
     hint = "choose another -o, or remove it yourself"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError("is not a folder", where=str(folder), hint=hint)
-    if folder.is_dir() and any(folder.iterdir()) and not _is_artifact(folder):
-        raise InputError("holds files but no moecc manifest", where=str(folder), hint=hint)
+    if folder.is_dir() and any(folder.iterdir()):
+        known = _manifest_files(folder)
+        if known is None:
+            raise InputError("holds files but no moecc manifest", where=str(folder), hint=hint)
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder)
+            if not path.is_dir() and "__pycache__" not in name.parts and str(name) not in known:
+                raise InputError(f"holds {name}, which moecc did not write", where=str(folder), hint=hint)
     if folder.is_dir() and folder.resolve() == Path.cwd().resolve():
         raise InputError("is the working folder", where=str(folder), hint="choose a folder of its own for -o")
 
 
-def _is_artifact(folder: Path) -> bool:
+def _manifest_files(folder: Path) -> set[str] | None:
+    """The files of the artifact in the folder, its manifest too; None if it is none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and str(manifest.get("schema", "")).startswith("moecc.artifact/")
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict) or not str(manifest.get("schema", "")).startswith("moecc.artifact/"):
+        return None
+    files = manifest.get("files")
+    return {MANIFEST, *map(str, files)} if isinstance(files, dict) else None
 
 
 def write_artifact(folder: Path, files: Mapping[str, str | bytes], inputs: Mapping[str, str]) -> Artifact:
@@ -161,7 +171,7 @@ def load_artifact(folder: Path) -> Artifact:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise InputError("is not readable JSON", where=str(path), hint="compile again") from None
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or manifest.get("schema") != SCHEMA:
@@ -173,13 +183,13 @@ def load_artifact(folder: Path) -> Artifact:
 
 def _verify_file(folder: Path, name: str, digest: object) -> None:
     path = folder / name
-    if folder.resolve() not in path.resolve().parents:
+    if "\0" in name or folder.resolve() not in path.resolve().parents:
         raise InputError(
             f"names a file outside the artifact: {name}", where=str(folder / MANIFEST), hint="do not use it"
         )
     try:
         found = sha256(path.read_bytes())
-    except OSError:
+    except (OSError, ValueError):
         raise InputError("is missing", where=str(path), hint="compile again") from None
     if found != digest:
         raise InputError("is not the file that was compiled", where=str(path), hint="compile again")

@@ -13,11 +13,16 @@ from moecc.ir.core import Function, Module, Op, Value
 from moecc.ir.op_checks import ACTIVATION_ATTRIBUTES, ROUTER_ATTRIBUTES
 from moecc.ir.ops import (
     Alloc,
+    Combine,
+    Dispatch,
     DownCombine,
+    Experts,
     FusedRouter,
+    Gate,
     GateUp,
     Launch,
     Plan,
+    Route,
     SharedExpert,
 )
 from moecc.ir.rewriter import replace_values
@@ -46,6 +51,9 @@ class Lower:
                     where=function.location,
                     hint="run 'overlap' before 'lower'",
                 )
+            unfused = function.first(Gate, Route, Dispatch, Experts, Combine)
+            if unfused is not None:
+                raise unfused.fail("is not fused", "run 'fuse' before 'lower'")
             _lower(function)
 
 

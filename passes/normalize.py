@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moecc.errors import InputError
 from moecc.ir.core import Function, Module, Op
 from moecc.ir.ops import Dispatch, Residual, Route
 from moecc.ir.printer import print_function
@@ -57,6 +58,10 @@ class Normalize:
     name = "normalize"
 
     def run(self, module: Module, context: Context) -> None:
+        for function in module.functions:
+            if "phase" in function.attributes:
+                hint = "run 'normalize' first"
+                raise InputError(f"@{function.name} is scheduled already", where=function.location, hint=hint)
         groups: dict[str, list[Function]] = {}
         for function in module.functions:
             rewrite(function, RULES)

@@ -65,6 +65,10 @@ class Overlap:
 
     def run(self, module: Module, context: Context) -> None:
         settings = settings_of(module)
+        for function in module.functions:
+            if "phase" in function.attributes:
+                hint = "run 'overlap' once, on what 'place' wrote"
+                raise InputError(f"@{function.name} has a phase already", where=function.location, hint=hint)
         cluster = Cluster(
             device=load_device(settings.device),
             nodes=settings.nodes,

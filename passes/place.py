@@ -9,14 +9,15 @@ from moecc.errors import InputError
 from moecc.hardware.load import load_device
 from moecc.hardware.spec import Cluster
 from moecc.ir.core import Module
-from moecc.ir.ops import Experts
-from moecc.ir.types import WeightsType
+from moecc.ir.ops import Experts, FusedRouter, GateUp, Launch, Route
+from moecc.ir.types import RoutingType, WeightsType
 from moecc.passes.manager import Context
 from moecc.passes.routed_path import moe_layers
-from moecc.passes.settings import settings_of
+from moecc.passes.settings import Settings, section, settings_of
 from moecc.passes.step_cost import step_cost
 from moecc.solvers.placement import PlacementProblem
 from moecc.solvers.placement.placing import place
+from moecc.solvers.placement.problem import Execution
 from moecc.solvers.placement.step_cost import StepCost
 from moecc.solvers.routing import Routing
 
@@ -32,10 +33,12 @@ class Place:
     name = "place"
 
     def run(self, module: Module, context: Context) -> None:
-        layers = moe_layers(module.functions)
-        cluster = module.attributes["cluster"]
-        devices = cluster["nodes"] * cluster["devices_per_node"]
-        if devices == 1 or not layers:
+        settings, layers = settings_of(module), moe_layers(module.functions)
+        fused = next((f for f in module.functions if f.first(FusedRouter, GateUp, Launch)), None)
+        if fused is not None:
+            hint = "run 'place' and 'overlap' before 'fuse'"
+            raise InputError(f"@{fused.name} is fused already", where=fused.location, hint=hint)
+        if settings.devices == 1 or not layers:
             return
         if not context.workloads:
             raise InputError(
@@ -43,8 +46,10 @@ class Place:
                 where=f"module @{module.name}",
                 hint="give a trace or an assumed routing under 'workloads'",
             )
+        for routing in context.workloads:
+            _require_same_model(module, routing, len(layers))
         placed = place(
-            _problem(module, tuple(context.workloads)),
+            _problem(module, settings, tuple(context.workloads)),
             layer_names=layers,
             progress=lambda _, done, total: context.progress(self.name, done, total),
         )
@@ -56,24 +61,44 @@ class Place:
         }
 
 
-def _problem(module: Module, workloads: tuple[Routing, ...]) -> PlacementProblem:
-    cluster, wanted = module.attributes["cluster"], module.attributes["placement_request"]
-    devices = cluster["nodes"] * cluster["devices_per_node"]
-    slots = wanted["slots_per_device"] or -(-workloads[0].num_experts // devices)
-    step = _step_cost(module, workloads[0].top_k, slots) if wanted["objective"] == "step" else None
-    return PlacementProblem(
-        workloads=workloads,
-        devices=devices,
-        devices_per_node=cluster["devices_per_node"],
-        slots_per_device=slots,
-        execution=module.attributes["serving"]["execution"],
-        objective=wanted["objective"],
-        balance=wanted["balance"],
-        max_imbalance=wanted["max_imbalance"],
-        time_limit_s=wanted["time_limit_s"],
-        step_cost=step,
-        seed=wanted["seed"],
-    )
+def _require_same_model(module: Module, routing: Routing, layers: int) -> None:
+    route = next(op for function in module.functions for op in function.every(Route))
+    experts = cast(RoutingType, route.routing.type).experts
+    for what, have, want in (
+        ("layers with experts", routing.layers, layers),
+        ("experts", routing.num_experts, experts),
+        ("top_k", routing.top_k, route.top_k),
+    ):
+        if have != want:
+            hint = "use a trace of this model"
+            raise InputError(
+                f"{what}: {have} in the trace, {want} in @{module.name}", where=routing.name, hint=hint
+            )
+
+
+def _problem(module: Module, settings: Settings, workloads: tuple[Routing, ...]) -> PlacementProblem:
+    wanted = section(module, "placement_request")
+    slots = wanted.get("slots_per_device") or -(-workloads[0].num_experts // settings.devices)
+    step = _step_cost(module, workloads[0].top_k, slots) if wanted.get("objective") == "step" else None
+    try:
+        return PlacementProblem(
+            workloads=workloads,
+            devices=settings.devices,
+            devices_per_node=settings.devices_per_node,
+            slots_per_device=slots,
+            execution=cast(Execution, settings.execution),
+            objective=wanted["objective"],
+            balance=wanted["balance"],
+            max_imbalance=wanted["max_imbalance"],
+            time_limit_s=wanted["time_limit_s"],
+            step_cost=step,
+            seed=wanted["seed"],
+        )
+    except (KeyError, TypeError) as error:
+        where, hint = f"module @{module.name}", "see the attributes that an import writes"
+        raise InputError(
+            f"attribute placement_request is not whole: {error}", where=where, hint=hint
+        ) from None
 
 
 def _step_cost(module: Module, top_k: int, slots: int) -> StepCost:

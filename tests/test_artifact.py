@@ -114,6 +114,22 @@ def test_what_is_no_artifact_is_not_replaced(tmp_path: Path) -> None:
             check_destination(other)
 
 
+def test_what_moecc_did_not_write_is_not_deleted(tmp_path: Path) -> None:
+    """A user's file inside an artifact, be it the very model.yaml, is worth more than a compile."""
+    folder = tmp_path / "out"
+    write_artifact(folder, {"kernels/moe.py": "x"}, {})
+    (folder / "kernels/__pycache__").mkdir()
+    (folder / "kernels/__pycache__/moe.pyc").write_text("left by a run")
+    write_artifact(folder, {"kernels/moe.py": "y"}, {})
+    (folder / "kernels/notes.txt").write_text("years of work")
+    with pytest.raises(
+        InputError, match="out: holds kernels/notes.txt, which moecc did not write; hint: choose"
+    ):
+        write_artifact(folder, {"kernels/moe.py": "z"}, {})
+    assert load_artifact(folder).read("kernels/moe.py") == "y"
+    assert (folder / "kernels/notes.txt").read_text() == "years of work"
+
+
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

@@ -112,6 +112,18 @@ def test_run_agrees_with_the_reference(compiled: Any, tokens: int) -> None:
     assert 0 < figures["relative_error"] <= figures["tolerance"]
 
 
+def test_shared_experts_of_another_width_run_apart(tmp_path: Path) -> None:
+    yaml = write_yaml(tmp_path, devices=1)
+    shared = "  shared_experts: {count: 2, intermediate_size: 48}\n  dtype"
+    yaml.write_text(yaml.read_text().replace("  dtype", shared).replace("sm_90", "sm_80"))
+    assert moecc("compile", yaml, "-o", tmp_path / "out").returncode == 0
+    result = moecc("run", tmp_path / "out", "--tokens", 9, "--check")
+    assert result.returncode == 0, result.stderr
+    assert "not fused: moe.shared_expert: its shape" in " ".join(
+        json.loads((tmp_path / "out/report.json").read_text())["notes"]
+    )
+
+
 def test_a_wrong_kernel_is_noticed(compiled: Any, tmp_path: Path) -> None:
     """The check can fail: an artifact whose activation is another, its manifest made to match."""
     import hashlib
@@ -169,6 +181,12 @@ def test_what_does_not_fit_fails_and_leaves_the_old_artifact(compiled: Any, tmp_
         (["opt", "nowhere.moe"], ["nowhere.moe: cannot be read", "hint"]),
         (["opt", "model.yaml"], ["model.yaml:11:23: unexpected character '-'", "hint"]),
         (["opt", "binary.npz"], ["binary.npz: byte", "is not UTF-8", "hint"]),
+        (
+            ["compile", "model.yaml", "--nodes", "2"],
+            ["--nodes: cannot stand beside a model.yaml; hint: change cluster"],
+        ),
+        (["compile", "model.yaml", "--target", "x86"], ["--target", "x86 is not built yet", "hint"]),
+        (["run", "nowhere", "--seed", "-1"], ["nowhere: is not a moecc artifact", "hint"]),
         (["run", "nowhere"], ["nowhere: is not a moecc artifact", "hint"]),
         (["trace", "stats", "model.yaml"], ["model.yaml", "hint"]),
         (["trace", "stats", "binary.npz"], ["binary.npz", "hint"]),

@@ -44,7 +44,8 @@ def compile_command(
         devices_per_node=devices_per_node,
     )
     if target:
-        spec = replace(spec, targets=tuple(cast("Target", name) for name in target))
+        targets = tuple(cast("Target", name) for name in target)
+        spec = replace(spec, targets=targets, locations={**spec.locations, "targets": "--target"})
     with StageProgress() as progress:
         compiled = compile_model(spec, output, progress)
     if as_json:

@@ -33,8 +33,9 @@ def load_device(name: str) -> DeviceSpec:
     if name.endswith((".yaml", ".yml")):
         try:
             return parse_device(Path(name).read_text(encoding="utf-8"), where=name)
-        except OSError as error:
-            raise InputError(f"cannot read the device file: {error.strerror}", where=name) from error
+        except (OSError, UnicodeDecodeError) as error:
+            hint = f"give a device's YAML file, or one of {', '.join(device_names())}"
+            raise InputError(f"cannot read the device file: {error}", where=name, hint=hint) from error
     known = device_names()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -48,8 +49,8 @@ def parse_device(text: str, *, where: str) -> DeviceSpec:
     """A device from YAML text; `where` names the text in errors."""
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"not YAML: {error}", where=where) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"not YAML: {error}", where=where, hint="see the shipped devices") from error
     root = _Section(data, where, "", {})
     sources = root.section("sources")
     names = {key: sources.text(key) for key in list(sources.data)}

@@ -104,7 +104,9 @@ class Kernels:
 def load_kernels(artifact: Artifact, kernels: KernelSet, device: str) -> Kernels:
     """Imports the set's module from the artifact. Raises MoeccError where the artifact has no code for the device."""
     path = artifact.folder / kernels.file
-    digest = artifact.manifest["files"][kernels.file]
+    digest = artifact.manifest["files"].get(kernels.file)
+    if digest is None:
+        raise MoeccError("is not in the artifact's manifest", where=str(path), hint="compile again")
     spec = importlib.util.spec_from_file_location(f"moecc_artifact_{kernels.name}_{digest[:16]}", path)
     if spec is None or spec.loader is None:
         raise MoeccError("cannot be imported", where=str(path), hint="compile again")

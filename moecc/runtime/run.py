@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Root-mean-square error of the output relative to the reference that rounding alone explains: hidden rows,
 # partial sums and output are each rounded once to the dtype, and fp32 accumulates in another order.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-5}
+MAX_TOKENS = 1 << 20
 SELECTION_TOLERANCE = 1e-4  # shortfall of a selected score, for two experts that all but tie
 
 
@@ -54,7 +55,13 @@ class RunResult:
         return self.relative_error <= self.tolerance and self.selection_error <= SELECTION_TOLERANCE
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        """Plain data; a figure that is not finite is null, as JSON has none."""
+        plain = {name: None if _is_odd(value) else value for name, value in asdict(self).items()}
+        return {**plain, "passed": self.passed}
+
+
+def _is_odd(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +95,9 @@ def run_artifact(artifact: Artifact, *, tokens: int, check: bool, seed: int = 0)
     """
     import torch
 
-    if tokens < 1:
-        raise InputError(f"--tokens {tokens} is not positive", hint="run at least one token")
+    for flag, value, low, high in (("--tokens", tokens, 1, MAX_TOKENS), ("--seed", seed, 0, (1 << 63) - 1)):
+        if not low <= value <= high:
+            raise InputError(f"{value} is out of range", where=flag, hint=f"it must be in [{low}, {high}]")
     device, backend = best_device()
     generator = torch.Generator().manual_seed(seed)
     layer = _load_layer(artifact, tokens, device, generator)
@@ -115,7 +123,9 @@ def run_artifact(artifact: Artifact, *, tokens: int, check: bool, seed: int = 0)
 
 
 def _load_layer(artifact: Artifact, tokens: int, device: str, generator: Any) -> Layer:
-    final = max(name for name in artifact.manifest["files"] if name.startswith("ir/"))
+    final = max((name for name in artifact.manifest["files"] if name.startswith("ir/")), default="")
+    if not final:
+        raise InputError("the artifact holds no IR", where=str(artifact.folder), hint="compile again")
     module = parse_module(artifact.read(final), final)
     sets = kernel_sets(module)
     function, kernels = _function_for(module, sets, tokens)
@@ -204,14 +214,14 @@ class Done(NamedTuple):
 
 
 def _forward(layer: Layer, x: Tensor) -> Done:
-    ids, topk_weights = layer.kernels.route(x, layer.weights)
-    if layer.ranks is None:
-        out = layer.kernels.forward(x, layer.weights)
-        return Done(ids, topk_weights, out, len(layer.kernels.launches(len(x))))
     import torch
 
-    total, launches = torch.zeros(x.shape, device=x.device), 1
-    for share in layer.ranks.shares(ids):
+    ids, topk_weights = layer.kernels.route(x, layer.weights)
+    if layer.ranks is None:
+        total, launches = layer.kernels.forward(x, layer.weights).float(), len(layer.kernels.launches(len(x)))
+    else:
+        total, launches = torch.zeros(x.shape, device=x.device), 1
+    for share in layer.ranks.shares(ids) if layer.ranks else ():
         if len(share.tokens):
             rows = layer.kernels.experts(
                 x[share.tokens], share.local_ids, topk_weights[share.tokens], share.weights

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -266,6 +269,17 @@ def _land(build: _Build, experts: list[int], holds: list[list[Any]]) -> list[Any
     return land
 
 
+@contextmanager
+def _interrupt_handler_kept() -> Iterator[None]:
+    """CP-SAT takes Ctrl-C while it works, to return early, and leaves it to the system's default afterwards."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
 def _run(build: _Build, scale: int, effort: float, until: float) -> Proof:
     from ortools.sat.python import cp_model
 
@@ -275,7 +289,8 @@ def _run(build: _Build, scale: int, effort: float, until: float) -> Proof:
     solver.parameters.max_deterministic_time = effort
     limit_s = max(0.05, until - time.monotonic())
     solver.parameters.max_time_in_seconds = limit_s
-    status = solver.solve(build.model)
+    with _interrupt_handler_kept():
+        status = solver.solve(build.model)
     if status == cp_model.MODEL_INVALID:
         raise MoeccError(
             f"CP-SAT rejected the model: {build.model.validate()}",

@@ -115,6 +115,9 @@ def _cp_sat(
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = time_limit_s
     solver.parameters.num_workers = 1
+    solver.parameters.catch_sigint_signal = (
+        False  # else CP-SAT leaves Ctrl-C to the system's default afterwards
+    )
     solver.parameters.random_seed = seed
     code = solver.solve(model)
     statuses = {cp_model.OPTIMAL: "optimal", cp_model.FEASIBLE: "feasible", cp_model.UNKNOWN: "unknown"}
