@@ -54,8 +54,15 @@ def tool_versions() -> dict[str, str]:
 
 
 def check_destination(folder: Path) -> None:
-    """Raises InputError where writing an artifact would destroy something else."""
+    """Raises InputError where an artifact cannot be written, or writing it would destroy something else."""
     hint = "choose another -o, or remove it yourself"
+    try:
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        folder.exists()
+    except OSError as error:
+        raise InputError(f"is no possible folder: {error.strerror}", where=str(folder), hint=hint) from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot be made in {parent}", where=str(folder), hint="choose another -o")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError("is not a folder", where=str(folder), hint=hint)
     if folder.is_dir() and any(folder.iterdir()):

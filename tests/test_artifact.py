@@ -137,6 +137,15 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     assert load_artifact(folder).manifest["inputs"] == {"model.yaml": "abc"}
 
 
+def test_an_impossible_destination_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be made in .*file; hint: choose another -o"):
+        check_destination(tmp_path / "file" / "sub" / "out")
+    with pytest.raises(InputError, match="is no possible folder: File name too long"):
+        check_destination(tmp_path / ("x" * 300))
+    check_destination(tmp_path / "not" / "yet" / "there")
+
+
 def test_the_working_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="is the working folder"):
