@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from moecc.engines.files import read_json_object, write_text, wrong
+from moecc.engines.files import read_json_object, wrong
 from moecc.engines.slots import MAX_LAYERS, ModelPlacement, SlotTable, int_list, require_json_name
+from moecc.files import write_atomic
 
 
 def write(model: ModelPlacement, path: Path) -> None:
@@ -26,7 +27,7 @@ def write(model: ModelPlacement, path: Path) -> None:
         for layer, row in enumerate(held)
     ]
     text = json.dumps({"moe_layer_count": placement.layers, "layer_list": layers}, separators=(",", ":"))
-    write_text(path, text + "\n")
+    write_atomic(path, text + "\n")
 
 
 def read(path: Path) -> SlotTable:

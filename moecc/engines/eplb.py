@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moecc.engines.files import Ints, read_npz, read_torch, tensor_ints, write_bytes, wrong
+from moecc.engines.files import Ints, read_npz, read_torch, tensor_ints, wrong
 from moecc.engines.slots import ModelPlacement, SlotTable
+from moecc.files import write_atomic
 
 NAMES = ("physical_to_logical_map", "logical_to_physical_map", "expert_count")
 
@@ -39,7 +40,7 @@ def write(model: ModelPlacement, path: Path) -> None:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
     else:
         wrong(path, "EPLB tensors are written as .pt or .npz", "end the name in .pt or .npz")
-    write_bytes(path, stream.getvalue())
+    write_atomic(path, stream.getvalue())
 
 
 def read(path: Path) -> SlotTable:

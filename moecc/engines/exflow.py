@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moecc.engines.files import read_text, write_text, wrong
+from moecc.engines.files import read_text, wrong
 from moecc.engines.slots import ModelPlacement, SlotTable
+from moecc.files import write_atomic
 
 HEADER = "Expert,Node"
 
@@ -26,7 +27,7 @@ def write(model: ModelPlacement, path: Path) -> None:
     for layer, row in enumerate(placement.physical_to_logical):
         where = device[np.argsort(row)]
         lines += [f"{layer * placement.num_experts + e},{d}" for e, d in enumerate(where.tolist())]
-    write_text(path, "\n".join(lines) + "\n")
+    write_atomic(path, "\n".join(lines) + "\n")
 
 
 def read(path: Path) -> SlotTable:

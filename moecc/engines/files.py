@@ -8,7 +8,6 @@ import io
 import json
 import lzma
 import pickle
-import secrets
 import struct
 import tokenize
 import zipfile
@@ -234,22 +233,3 @@ def tensor_ints(path: Path, name: str, value: Any, rank: Sequence[int]) -> Ints:
     if array.dtype == np.uint64 and array.max() >= 2**63:
         wrong(where, "a number is too large", "expert ids and counts fit 63 bits")
     return array.astype(np.int64)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Complete under its name, or not there at all. Errors: MoeccError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise MoeccError(
-            f"cannot be written: {error.strerror or error}", where=str(path), hint="check the folder"
-        ) from None

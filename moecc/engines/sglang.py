@@ -6,8 +6,9 @@ import json
 import shlex
 from pathlib import Path
 
-from moecc.engines.files import read_json_object, write_text, wrong
+from moecc.engines.files import read_json_object, wrong
 from moecc.engines.slots import ModelPlacement, SlotTable, int_rows, require_json_name
+from moecc.files import write_atomic
 
 KEY = "physical_to_logical_map"
 
@@ -18,7 +19,7 @@ def write(model: ModelPlacement, path: Path) -> None:
     It takes a name that does not end in .json for the JSON itself.
     """
     require_json_name(path, "SGLang")
-    write_text(path, json.dumps({KEY: model.all_layers().tolist()}, separators=(",", ":")) + "\n")
+    write_atomic(path, json.dumps({KEY: model.all_layers().tolist()}, separators=(",", ":")) + "\n")
 
 
 def read(path: Path) -> SlotTable:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from moecc.engines.files import read_text, write_text, wrong
+from moecc.engines.files import read_text, wrong
 from moecc.engines.slots import ModelPlacement, SlotTable, assignment_rows
 from moecc.errors import InputError, Location
+from moecc.files import write_atomic
 
 KEYS = ("num_slots", "layer_updates_per_iter", "initial_global_assignments")
 
@@ -21,7 +22,7 @@ def write(model: ModelPlacement, path: Path) -> None:
     for layer, row in zip(model.moe_layers, model.placement.physical_to_logical.tolist(), strict=True):
         lines.append(f"  {layer}: [{', '.join(map(str, row))}]")
     lines += [f"num_slots: {model.placement.slots}", "layer_updates_per_iter: 0", ""]
-    write_text(path, "\n".join(lines))
+    write_atomic(path, "\n".join(lines))
 
 
 def read(path: Path) -> SlotTable:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moecc.engines.files import read_json_lines, write_text, wrong
+from moecc.engines.files import read_json_lines, wrong
 from moecc.engines.slots import ModelPlacement, SlotTable, assignment_rows
+from moecc.files import write_atomic
 
 RECORD, VERSION = "eplb_initial_mapping", 1
 
@@ -26,7 +27,7 @@ def write(model: ModelPlacement, path: Path) -> None:
         "num_slots": model.placement.slots,
         "initial_global_assignments": {str(layer): row for layer, row in enumerate(rows)},
     }
-    write_text(path, json.dumps(record) + "\n")
+    write_atomic(path, json.dumps(record) + "\n")
 
 
 def read(path: Path) -> SlotTable:

@@ -7,9 +7,9 @@ measured one. Sizes are judged by the array headers before anything is read; not
 
 from __future__ import annotations
 
+import io
 import lzma
 import math
-import secrets
 import struct
 import tokenize
 import zipfile
@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moecc.errors import InputError, Location, MoeccError
+from moecc.errors import InputError, Location
+from moecc.files import write_atomic
 from moecc.frontend.checks import MAX_EXPERTS
 from moecc.frontend.spec import ModelSpec
 from moecc.solvers.routing import Routing
@@ -113,18 +114,9 @@ def save_trace(
         arrays["homes"] = routing.homes.astype(np.int32)
     if routing.assumption:
         arrays["assumption"] = np.array(routing.assumption[:MAX_TEXT])
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        try:
-            with temporary.open("xb") as stream:
-                np.savez_compressed(stream, allow_pickle=False, **arrays)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise MoeccError(
-            f"cannot be written: {error.strerror or error}", where=str(path), hint="check the folder"
-        ) from None
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    write_atomic(path, packed.getvalue())
 
 
 def check_trace(routing: Routing, model: ModelSpec, where: Location | str) -> None:

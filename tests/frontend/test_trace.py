@@ -274,11 +274,12 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     save_trace(path, routing)
     before = path.read_bytes()
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        args[0].write(b"half")
+    def full(file: Path, data: bytes) -> None:
+        with file.open("wb") as stream:
+            stream.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez_compressed", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(MoeccError, match="No space left on device") as caught:
         save_trace(path, routing)
     assert caught.value.exit_code == 1
