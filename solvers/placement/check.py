@@ -6,20 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moecc.errors import InputError
-from moecc.solvers.placement.check_balance import imbalance_of
+from moecc.solvers.placement.check_balance import imbalance_of, layer_imbalance
 from moecc.solvers.placement.check_step import step_us
-from moecc.solvers.placement.check_traffic import (
-    Floats,
-    Mask,
-    by_tier,
-    copies_between,
-    hosts,
-    reached,
-    token_homes,
-)
+from moecc.solvers.placement.check_survey import Survey, survey
+from moecc.solvers.placement.check_traffic import Tolls
 from moecc.solvers.placement.links import Links
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import Balance, Execution, PlacementProblem
@@ -39,7 +31,7 @@ class Metrics:
     where most of its experts are, ties to the lowest device. 0 under `home`, where a token returns home.
     same_device_pairs: share of the top_k x top_k expert pairs of adjacent layers that some device holds both of.
     copies: of a token per layer over each tier of the links, one way, hops not counted; a token crosses to a node
-    once (copies_between). Times the bytes of a token: traffic. link_cost: the same copies by the links' cost.
+    once (copies_sent). Times the bytes of a token: traffic. link_cost: the same copies by the links' cost.
     """
 
     imbalance: float
@@ -59,11 +51,14 @@ class Evaluation:
     """All workloads: each one's metrics, their weighted mean, and the imbalance of their weighted mixture.
 
     `mean.imbalance` is the imbalance under balance `workload`, `pooled_imbalance` the one under `pooled`.
+    layer_imbalance, layer_fan_out: of each layer, the weighted mean of the workloads.
     """
 
     workloads: dict[str, Metrics]
     mean: Metrics
     pooled_imbalance: float
+    layer_imbalance: tuple[float, ...]
+    layer_fan_out: tuple[float, ...]
 
     def imbalance(self, balance: Balance) -> float:
         return self.pooled_imbalance if balance == "pooled" else self.mean.imbalance
@@ -73,76 +68,61 @@ def evaluate(
     placement: Placement, routing: Routing, execution: Execution, links: Links | None = None
 ) -> Metrics:
     """Judge one workload. links: None for tiers by node. Raises InputError if the placement is of another model."""
-    _require_match(placement, routing, links)
-    links = links or Links.by_node(placement.devices, placement.devices_per_node)
-    held = [hosts(placement, layer) for layer in range(placement.layers)]
-    loads = _device_loads(routing.loads(), held)
-    land = np.array([_landing(h, routing.topk_ids[:, i]) for i, h in enumerate(held)])
-    node = land // placement.devices_per_node
-    moved = execution == "migrate" and len(land) > 1
-    homes = list(land) if execution == "migrate" else [token_homes(placement, routing)] * len(held)
-    reach, sent = _reach(placement, routing, held, homes)
-    return Metrics(
-        imbalance=float((loads.max(axis=1) / loads.mean(axis=1)).mean()),
-        **reach,
-        hops=float((land[1:] != land[:-1]).mean()) if moved else 0.0,
-        node_hops=float((node[1:] != node[:-1]).mean()) if moved else 0.0,
-        same_device_pairs=_pairs(routing, held),
-        copies=by_tier(sent, links),
-        link_cost=float((sent * links.cost).sum()),
-    )
-
-
-def _reach(
-    placement: Placement, routing: Routing, held: list[Mask], homes: Sequence[NDArray[np.int64] | None]
-) -> tuple[dict[str, float], Floats]:
-    """The fan-outs of Metrics, and the copies between devices, means over layers."""
-    per_node, tokens = placement.devices_per_node, len(routing.topk_ids)
-    rows, sent = [], np.zeros((placement.devices, placement.devices))
-    for layer, (hosting, home) in enumerate(zip(held, homes, strict=True)):
-        used = reached(hosting, routing.topk_ids[:, layer])
-        by_node: Mask = np.asarray(used.reshape(tokens, -1, per_node).any(axis=2))
-        row = [used.sum() / tokens, by_node.sum() / tokens]
-        for mask, at, count in (
-            (used, home, placement.devices),
-            (by_node, None if home is None else home // per_node, placement.devices // per_node),
-        ):
-            kept = mask.sum() / count if at is None else mask[np.arange(tokens), at].sum()
-            row.append((mask.sum() - kept) / tokens)
-        rows.append(row)
-        sent += copies_between(used, home, per_node) / placement.layers
-    names = ("fan_out", "node_fan_out", "remote_fan_out", "remote_node_fan_out")
-    return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True)), sent
-
-
-def _landing(held: Mask, ids: NDArray[np.int16]) -> NDArray[np.int64]:
-    """[tokens]: the device with most of a token's experts, ties to the lowest."""
-    return np.asarray(np.argmax(held[ids].sum(axis=1), axis=1))
-
-
-def _pairs(routing: Routing, held: list[Mask]) -> float:
-    shares = []
-    for layer in range(1, len(held)):
-        together = (held[layer - 1].astype(np.int64) @ held[layer].T.astype(np.int64)) > 0
-        before, after = routing.topk_ids[:, layer - 1], routing.topk_ids[:, layer]
-        shares.append(together[before[:, :, None], after[:, None, :]].mean())
-    return float(np.mean(shares)) if shares else 0.0
+    return evaluate_all(placement, (routing,), execution, links).mean
 
 
 def evaluate_all(
     placement: Placement, workloads: Sequence[Routing], execution: Execution, links: Links | None = None
 ) -> Evaluation:
     """Judge all workloads; a workload counts by its weight, whatever the length of its trace."""
-    each = [evaluate(placement, routing, execution, links) for routing in workloads]
+    return evaluate_under(placement, workloads, (execution,), links)[execution]
+
+
+def evaluate_under(
+    placement: Placement,
+    workloads: Sequence[Routing],
+    executions: Sequence[Execution],
+    links: Links | None = None,
+) -> dict[Execution, Evaluation]:
+    """Judge all workloads under several executions, which costs little more than under one."""
+    for routing in workloads:
+        _require_match(placement, routing, links)
+    tolls = Tolls(links, placement.devices, placement.devices_per_node)
+    surveys = [survey(placement, routing, executions, tolls) for routing in workloads]
     total = sum(routing.weight for routing in workloads)
     shares = [routing.weight / total for routing in workloads]
     mixture = sum(share * routing.loads() for share, routing in zip(shares, workloads, strict=True))
-    held = [hosts(placement, layer) for layer in range(placement.layers)]
-    pooled = _device_loads(np.asarray(mixture), held)
-    return Evaluation(
-        workloads={routing.name: metrics for routing, metrics in zip(workloads, each, strict=True)},
-        mean=_mean(each, shares),
-        pooled_imbalance=float((pooled.max(axis=1) / pooled.mean(axis=1)).mean()),
+    pooled = layer_imbalance(placement, np.asarray(mixture))
+    by_layer = [
+        np.tensordot(shares, [getattr(s, name) for s in surveys], 1) for name in ("imbalance", "fan_out")
+    ]
+    found: dict[Execution, Evaluation] = {}
+    for execution in executions:
+        each = [_metrics(surveyed, execution, tolls) for surveyed in surveys]
+        found[execution] = Evaluation(
+            workloads={routing.name: metrics for routing, metrics in zip(workloads, each, strict=True)},
+            mean=_mean(each, shares),
+            pooled_imbalance=float(pooled.mean()),
+            layer_imbalance=tuple(by_layer[0].tolist()),
+            layer_fan_out=tuple(by_layer[1].tolist()),
+        )
+    return found
+
+
+def _metrics(surveyed: Survey, execution: Execution, tolls: Tolls) -> Metrics:
+    remote, remote_nodes, *copies, cost = surveyed.sent[execution].mean(axis=0).tolist()
+    moved = execution == "migrate"
+    return Metrics(
+        imbalance=float(surveyed.imbalance.mean()),
+        fan_out=float(surveyed.fan_out.mean()),
+        node_fan_out=float(surveyed.node_fan_out.mean()),
+        remote_fan_out=remote,
+        remote_node_fan_out=remote_nodes,
+        hops=surveyed.hops if moved else 0.0,
+        node_hops=surveyed.node_hops if moved else 0.0,
+        same_device_pairs=surveyed.same_device_pairs,
+        copies=dict(zip(tolls.tiers, copies, strict=True)),
+        link_cost=cost,
     )
 
 
@@ -192,11 +172,3 @@ def _require_match(placement: Placement, routing: Routing, links: Links | None) 
             where="links",
             hint="measure or describe the links of the devices that are placed on",
         )
-
-
-def _device_loads(expert_loads: NDArray[np.float64], hosting: list[Mask]) -> NDArray[np.float64]:
-    """[layers, devices] from [layers, experts]."""
-    return np.array(
-        [(load / held.sum(axis=1)) @ held for load, held in zip(expert_loads, hosting, strict=True)],
-        np.float64,
-    )

@@ -39,8 +39,8 @@ def imbalance_of(
         return _cvar(placement, problem, routings, shares)
     if problem.balance == "pooled":
         mixture = sum(share * routing.loads() for share, routing in zip(shares, routings, strict=True))
-        return float(_layer_imbalance(placement, np.asarray(mixture)).mean())
-    each = np.array([_layer_imbalance(placement, routing.loads()) for routing in routings])
+        return float(layer_imbalance(placement, np.asarray(mixture)).mean())
+    each = np.array([layer_imbalance(placement, routing.loads()) for routing in routings])
     per_layer = each.max(axis=0) if problem.balance == "worst" else np.array(shares) @ each
     return float(per_layer.mean())
 
@@ -52,7 +52,7 @@ def _cvar(
     for routing, share in zip(routings, shares, strict=True):
         batches = draw_batches(routing, count=BATCHES, batch_tokens=problem.batch_tokens, seed=problem.seed)
         for batch in batches:
-            seen.append(_layer_imbalance(placement, routing.take(batch).loads()))
+            seen.append(layer_imbalance(placement, routing.take(batch).loads()))
             weights.append(share / BATCHES)
     return float(np.mean([_tail_mean(layer, weights, 1 - problem.cvar_alpha) for layer in np.array(seen).T]))
 
@@ -66,11 +66,16 @@ def _tail_mean(values: NDArray[np.float64], weights: Sequence[float], tail: floa
     return summed / tail
 
 
-def _layer_imbalance(placement: Placement, loads: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[layers] from expert loads [layers, experts]."""
-    out = []
-    for row, load in zip(placement.physical_to_logical, loads, strict=True):
+def device_loads(placement: Placement, loads: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[layers, devices] from expert loads [layers, experts], split evenly over replicas."""
+    out = np.empty((placement.layers, placement.devices))
+    for layer, (row, load) in enumerate(zip(placement.physical_to_logical, loads, strict=True)):
         copies = np.bincount(row, minlength=len(load))
-        devices = (load / copies)[row].reshape(placement.devices, -1).sum(axis=1)
-        out.append(devices.max() / devices.mean())
-    return np.array(out)
+        out[layer] = (load / copies)[row].reshape(placement.devices, -1).sum(axis=1)
+    return out
+
+
+def layer_imbalance(placement: Placement, loads: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[layers] from expert loads [layers, experts]."""
+    devices = device_loads(placement, loads)
+    return np.asarray(devices.max(axis=1) / devices.mean(axis=1))

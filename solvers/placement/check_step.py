@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.solvers.placement.check_traffic import Floats, copies_between, hosts, reached
+from moecc.solvers.placement.check_balance import device_loads
+from moecc.solvers.placement.check_reach import reach_of
+from moecc.solvers.placement.check_traffic import Arrivals, Floats, arrivals, arrivals_by_node, received
 from moecc.solvers.placement.links import Links
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import PlacementProblem
@@ -30,7 +32,7 @@ def step_us(
     routings = tuple(workloads if workloads is not None else problem.workloads)
     total = sum(routing.weight for routing in routings)
     shares = np.array([routing.weight / total for routing in routings])
-    prices = _us_per_byte(cost, problem.links or Links.by_node(placement.devices, placement.devices_per_node))
+    prices = _us_per_byte(cost, problem.links, placement)
     times = np.array([_device_times(placement, routing, cost, prices) for routing in routings])
     if problem.balance == "pooled":
         slowest = np.tensordot(shares, times, 1).max(axis=1)
@@ -41,20 +43,20 @@ def step_us(
     return cost.fixed_us + float(slowest.mean())
 
 
-def _us_per_byte(cost: StepCost, links: Links) -> Floats:
-    """[devices, devices]."""
-    if cost.us_per_byte_by_tier is None:
-        return links.cost
-    return np.asarray(np.array(cost.us_per_byte_by_tier)[links.tier], np.float64)
+def _us_per_byte(cost: StepCost, links: Links | None, placement: Placement) -> Arrivals:
+    """Of a copy that a device receives; links: None for tiers by node, which have prices by tier."""
+    per_node, by_tier = placement.devices_per_node, cost.us_per_byte_by_tier
+    if by_tier is not None and links is None:
+        return arrivals_by_node(by_tier[1], by_tier[2], placement.devices, per_node)
+    assert links is not None
+    return arrivals(links.cost if by_tier is None else np.array(by_tier)[links.tier], per_node)
 
 
-def _device_times(placement: Placement, routing: Routing, cost: StepCost, prices: Floats) -> Floats:
+def _device_times(placement: Placement, routing: Routing, cost: StepCost, prices: Arrivals) -> Floats:
     """[layers, devices], us."""
-    times = []
-    for layer, loads in enumerate(routing.loads()):
-        held = hosts(placement, layer)
-        rows = cost.tokens * routing.top_k * ((loads / held.sum(axis=1)) @ held)
-        sent = copies_between(reached(held, routing.topk_ids[:, layer]), None, placement.devices_per_node)
-        received_us = cost.tokens * cost.bytes_per_token * (sent * prices).sum(axis=0)
-        times.append(rows * cost.compute_us_per_row + received_us)
-    return np.array(times)
+    rows = cost.tokens * routing.top_k * device_loads(placement, routing.loads())
+    received_us = [
+        received(reach_of(placement, layer, routing.topk_ids[:, layer]), prices, placement.devices_per_node)
+        for layer in range(placement.layers)
+    ]
+    return rows * cost.compute_us_per_row + cost.tokens * cost.bytes_per_token * np.array(received_us)

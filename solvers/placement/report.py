@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moecc.solvers.placement.check import evaluate_all, objective_of
+from moecc.solvers.placement.check import Evaluation, evaluate_all, evaluate_under, objective_of
 from moecc.solvers.placement.check_balance import imbalance_of
 from moecc.solvers.placement.dispatch import judge_dispatch
 from moecc.solvers.placement.homes import Unit, shuffle
@@ -76,10 +76,14 @@ def judge(
     training, held_out = halves(problem)
     sides = {"before": before, "after": after}
     on_training = replace(problem, workloads=training)
-    on_held_out = replace(problem, workloads=held_out)
+    judged = {
+        side: evaluate_under(placement, held_out, EXECUTIONS, problem.links)
+        for side, placement in sides.items()
+    }
     executions: dict[str, dict[str, Figures]] = {
         execution: {
-            side: figures(placement, _under(on_held_out, execution)) for side, placement in sides.items()
+            side: _figures(placement, _under(problem, held_out, execution), judged[side][execution])
+            for side, placement in sides.items()
         }
         for execution in EXECUTIONS
     }
@@ -95,7 +99,7 @@ def judge(
         executions=executions,
         affinity=affinity(executions, problem.execution),
         layers=[
-            {"layer": name} | _layer(index, sides, held_out)
+            {"layer": name} | _layer(index, {side: judged[side]["home"] for side in sides})
             for index, name in enumerate(layer_names or range(problem.layers))
         ],
         dispatch=_dispatched(problem, sides, held_out),
@@ -114,7 +118,12 @@ def halves(problem: PlacementProblem) -> tuple[tuple[Routing, ...], tuple[Routin
 
 def figures(placement: Placement, problem: PlacementProblem) -> Figures:
     """The figures of one placement on all of problem.workloads."""
-    evaluation = evaluate_all(placement, problem.workloads, problem.execution, problem.links)
+    return _figures(
+        placement, problem, evaluate_all(placement, problem.workloads, problem.execution, problem.links)
+    )
+
+
+def _figures(placement: Placement, problem: PlacementProblem, evaluation: Evaluation) -> Figures:
     imbalance = imbalance_of(placement, problem)
     return {
         **asdict(evaluation.mean),
@@ -164,11 +173,13 @@ def moves(problem: PlacementProblem, after: Placement) -> Figures:
     }
 
 
-def _under(problem: PlacementProblem, execution: Execution) -> PlacementProblem:
+def _under(
+    problem: PlacementProblem, workloads: tuple[Routing, ...], execution: Execution
+) -> PlacementProblem:
     """The problem under either execution; what it minimises may exist under its own alone."""
     if execution == problem.execution:
-        return problem
-    return replace(problem, execution=execution, objective="traffic")
+        return replace(problem, workloads=workloads)
+    return replace(problem, workloads=workloads, execution=execution, objective="traffic")
 
 
 def request(problem: PlacementProblem) -> Figures:
@@ -242,12 +253,8 @@ def _warnings(
     return found
 
 
-def _layer(index: int, sides: Mapping[str, Placement], held_out: Sequence[Routing]) -> Figures:
-    """One layer, judged as a model of one layer."""
-    routings = [replace(r, topk_ids=r.topk_ids[:, index : index + 1]) for r in held_out]
-    found = {}
-    for side, placement in sides.items():
-        row = placement.physical_to_logical[index : index + 1]
-        mean = evaluate_all(replace(placement, physical_to_logical=row), routings, "home").mean
-        found[side] = {"imbalance": mean.imbalance, "fan_out": mean.fan_out}
-    return found
+def _layer(index: int, sides: Mapping[str, Evaluation]) -> Figures:
+    return {
+        side: {"imbalance": judged.layer_imbalance[index], "fan_out": judged.layer_fan_out[index]}
+        for side, judged in sides.items()
+    }
