@@ -39,7 +39,7 @@ class Reach:
     def grouped(self, size: int) -> Reach:
         """The same with nodes of `size` consecutive devices in the place of devices."""
         node = self.device // size
-        first = _starts(self.token, node)
+        first = starts(self.token, node)
         return Reach(token=self.token[first], device=node[first], landing=self.landing // size)
 
 
@@ -102,7 +102,7 @@ def _reach(held: _Held, ids: Ints) -> Reach:
             break
         token, device, choice = token[open_], device[open_], choice[open_]
         _, of_open = _fullest(held.devices, token, device)
-        tokens = token[_starts(token)]
+        tokens = token[starts(token)]
         best = np.full(len(ids), -1)
         best[tokens] = of_open
         taken.append(tokens * held.devices + of_open)
@@ -113,9 +113,8 @@ def _reach(held: _Held, ids: Ints) -> Reach:
 def _candidates(held: _Held, ids: Ints) -> tuple[Ints, Ints, Ints]:
     """(token, device, which of the token's choices) of every replica of every choice, by rising token, then device."""
     tokens, k = ids.shape
-    counts = held.replicas[ids].ravel()
-    ends = np.cumsum(counts)
-    device = held.device[np.arange(ends[-1]) + np.repeat(held.first[ids].ravel() - (ends - counts), counts)]
+    counts, entries = entries_of(held.first, held.replicas, ids)
+    device = held.device[entries]
     for_choice, for_device = (k - 1).bit_length(), (held.devices - 1).bit_length()
     row = (np.arange(tokens) << (for_device + for_choice))[:, None] | np.arange(k)
     key = np.sort(np.repeat(row.ravel(), counts) | (device << for_choice))
@@ -123,15 +122,22 @@ def _candidates(held: _Held, ids: Ints) -> tuple[Ints, Ints, Ints]:
     return pair >> for_device, pair & ((1 << for_device) - 1), key & ((1 << for_choice) - 1)
 
 
+def entries_of(first: Ints, counts: Ints, ids: Ints) -> tuple[Ints, Ints]:
+    """For every id of ids (any shape) counts[id], and first[id], first[id] + 1, ...: counts[id] entries."""
+    each = counts[ids].ravel()
+    ends = np.cumsum(each)
+    return each, np.arange(ends[-1]) + np.repeat(first[ids].ravel() - (ends - each), each)
+
+
 def _fullest(devices: int, token: Ints, device: Ints) -> tuple[Ints, Ints]:
     """Where each pair's run starts, and of every token that occurs the device with most entries, the lowest of them."""
-    runs = _starts(token, device)
+    runs = starts(token, device)
     count = np.diff(np.append(runs, len(token)))
     score = count * devices + (devices - 1 - device[runs])
-    return runs, devices - 1 - np.maximum.reduceat(score, _starts(token[runs])) % devices
+    return runs, devices - 1 - np.maximum.reduceat(score, starts(token[runs])) % devices
 
 
-def _starts(*columns: Ints) -> Ints:
+def starts(*columns: Ints) -> Ints:
     """The first index of every run of rows that agree in all columns, of one row or more."""
     differs = np.zeros(len(columns[0]), np.bool_)
     differs[0] = True

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moecc.solvers.placement.check_balance import layer_imbalance
 from moecc.solvers.placement.check_reach import Ints, Reach, reach_of
-from moecc.solvers.placement.check_traffic import Floats, Tolls, hosts, token_homes
+from moecc.solvers.placement.check_traffic import Floats, Tolls, token_homes
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import Execution
 from moecc.solvers.routing import Routing
@@ -81,13 +80,12 @@ def _pairs(placement: Placement, routing: Routing) -> float:
     """Share of the top_k x top_k expert pairs of adjacent layers that some device holds both of."""
     tokens, layers, k = routing.topk_ids.shape
     size, step = placement.num_experts, max(1, PAIRED // (k * k))
-    shares, before = [], hosts(placement, 0).astype(np.float32)
+    held = placement.physical_to_logical.reshape(layers, placement.devices, -1).astype(np.int64)
+    met = 0
     for layer in range(1, layers):
-        held = hosts(placement, layer).astype(np.float32)
-        together = (before @ held.T > 0).ravel()
-        before, met = held, 0
+        together = np.zeros(size * size, np.bool_)
+        together[held[layer - 1][:, :, None] * size + held[layer][:, None, :]] = True
         for at in range(0, tokens, step):
-            ids: NDArray[np.int64] = routing.topk_ids[at : at + step, layer - 1 : layer + 1].astype(np.int64)
-            met += int(together[(ids[:, 0, :, None] * size + ids[:, 1, None, :])].sum())
-        shares.append(met / (tokens * k * k))
-    return float(np.mean(shares)) if shares else 0.0
+            ids: Ints = routing.topk_ids[at : at + step, layer - 1 : layer + 1].astype(np.int64)
+            met += int(np.count_nonzero(together[ids[:, 0, :, None] * size + ids[:, 1, None, :]]))
+    return met / (tokens * k * k * (layers - 1)) if layers > 1 else 0.0

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import MoeccError
+from moecc.solvers.placement.check_reach import PAIRS, Ints, entries_of, starts
 from moecc.solvers.placement.check_traffic import Floats, Mask, hosts, token_homes
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import Dispatch
@@ -117,17 +118,18 @@ def _least_peak(held: Mask, loads: Floats) -> Floats:
 def _serve(
     served: Floats,
     ids: NDArray[np.int16],
-    homes: NDArray[np.int64] | None,
+    homes: Ints | None,
     rng: np.random.Generator | None,
 ) -> tuple[Floats, tuple[float, float]]:
     """Device loads (fractions of all assignments), and (fan-out, remote fan-out), means over tokens."""
     devices = served.shape[2]
     if rng is not None:
-        table = served[0][ids]
-        drawn = (rng.random((*ids.shape, 1)) < np.cumsum(table, axis=2)).argmax(axis=2)
-        chosen = np.zeros((len(ids), devices))
-        np.put_along_axis(chosen, drawn, 1.0, 1)
-        return np.bincount(drawn.ravel(), minlength=devices) / ids.size, _reach(chosen, homes)
+        replicas = (served[0] > 0).sum(axis=1)
+        nth = (rng.random(ids.shape) * replicas[ids]).astype(np.int64)
+        drawn = np.nonzero(served[0])[1][(np.cumsum(replicas) - replicas)[ids] + nth]
+        token, device = np.divmod(np.unique(np.arange(len(ids))[:, None] * devices + drawn), devices)
+        reach = _reach(token, device, np.ones(len(token)), len(ids), devices, homes)
+        return np.bincount(drawn.ravel(), minlength=devices) / ids.size, reach
     if len(served) == 1 or homes is None:
         parts = [
             _expected(table, ids, homes if len(served) == 1 else np.full(len(ids), home))
@@ -144,18 +146,35 @@ def _serve(
 
 
 def _expected(
-    table: Floats, ids: NDArray[np.int16], homes: NDArray[np.int64] | None
+    table: Floats, ids: NDArray[np.int16], homes: Ints | None
 ) -> tuple[Floats, tuple[float, float]]:
-    at = table[ids]
-    return np.asarray(at.sum(axis=1).mean(axis=0) / ids.shape[1]), _reach(1 - np.prod(1 - at, axis=1), homes)
+    """As _serve, the exact mean; table: [experts, devices]."""
+    devices, loads = table.shape[1], np.bincount(ids.ravel(), minlength=len(table)) @ table / ids.size
+    counts = (table > 0).sum(axis=1)
+    first, holder = np.cumsum(counts) - counts, np.nonzero(table)[1]
+    step = max(1, PAIRS // (ids.shape[1] * int(counts.max())))
+    parts = []
+    for at in range(0, len(ids), step):
+        chosen = ids[at : at + step].astype(np.int64)
+        each, entries = entries_of(first, counts, chosen)
+        token = np.repeat(np.repeat(np.arange(at, at + len(chosen)), chosen.shape[1]), each)
+        order = np.argsort(token * devices + holder[entries], kind="stable")
+        token, entries = token[order], entries[order]
+        runs = starts(token, holder[entries])
+        missed = np.multiply.reduceat(1 - table[table > 0][entries], runs)
+        parts.append((token[runs], holder[entries[runs]], 1 - missed))
+    token, device, reached = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return np.asarray(loads), _reach(token, device, reached, len(ids), devices, homes)
 
 
-def _reach(reached: Floats, homes: NDArray[np.int64] | None) -> tuple[float, float]:
-    """reached: [tokens, devices], the probability that a device computes for a token."""
-    fan_out = float(reached.sum(axis=1).mean())
+def _reach(
+    token: Ints, device: Ints, reached: Floats, tokens: int, devices: int, homes: Ints | None
+) -> tuple[float, float]:
+    """reached: [pairs], the probability that the device computes for the token; other pairs have none."""
+    fan_out = float(reached.sum() / tokens)
     if homes is None:
-        return fan_out, fan_out * (1 - 1 / reached.shape[1])
-    return fan_out, fan_out - float(reached[np.arange(len(homes)), homes].mean())
+        return fan_out, fan_out * (1 - 1 / devices)
+    return fan_out, fan_out - float(reached[device == homes[token]].sum() / tokens)
 
 
 def _imbalance(loads: Floats) -> float:
