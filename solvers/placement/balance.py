@@ -18,12 +18,30 @@ Rule = Literal["mean", "worst", "cvar"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class NearLoads:
+    """Where a layer's tokens are: loads [rows, experts] as in LayerLoads, or [rows, experts, devices] by home;
+    without homes they are on every device alike."""
+
+    loads: Floats
+    devices: int
+    devices_per_node: int
+
+    def of(self, experts: Ints) -> Floats:
+        """[rows, experts, devices]: the load of these experts from each home."""
+        if self.loads.ndim == 3:
+            return np.asarray(self.loads[:, experts])
+        shape = (len(self.loads), len(experts), self.devices)
+        return np.broadcast_to((self.loads[:, experts] / self.devices)[:, :, None], shape)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerLoads:
     """Expert loads of one layer in units of the mean device load: a row per workload or batch, or one if pooled.
 
     loads: [rows, experts], every row sums to the number of devices. shares: [rows], summing to 1.
     rule: how the rows' imbalances become one, their `mean` by shares, the `worst`, or the mean of the worst `tail`
     (`cvar`; Rockafellar and Uryasev, 2000: the row at the edge of the tail counts in part).
+    near: where tokens are, if the nearest replica serves them; None: replicas share an expert's load evenly.
     """
 
     loads: Floats
@@ -31,6 +49,7 @@ class LayerLoads:
     devices: int
     rule: Rule = "mean"
     tail: float = 1.0
+    near: NearLoads | None = None
 
     def per_unit(self, experts: Ints) -> Floats:
         """[rows, units]: the load of every replica; experts [units] is the expert each unit holds."""
@@ -61,33 +80,59 @@ class LayerLoads:
 
 
 def layer_loads(problem: PlacementProblem) -> list[LayerLoads]:
-    """The load table of every layer under the problem's balance."""
-    shares = problem.shares
-    if problem.balance == "cvar":
-        table = np.concatenate([_batch_loads(problem, routing) for routing in problem.workloads])
-        shares = np.repeat(shares / BATCHES, BATCHES)
-    else:
-        table = np.stack([routing.loads() for routing in problem.workloads])
+    """The load table of every layer under the problem's balance and dispatch."""
+    batches, shares = _batches(problem)
+    table = np.stack([routing.loads() for routing in batches])
+    by_home = None
+    if problem.near and problem.homed:
+        by_home = np.stack([_loads_by_home(routing, problem.devices) for routing in batches])
     if problem.balance == "pooled":
-        table, shares = np.einsum("w,wle->le", shares, table)[None], np.ones(1)
+        table = np.einsum("w,wle->le", shares, table)[None]
+        by_home = None if by_home is None else np.tensordot(shares, by_home, 1)[None]
+        shares = np.ones(1)
     rules: dict[str, Rule] = {"worst": "worst", "cvar": "cvar"}
-    return [
-        LayerLoads(
-            loads=table[:, layer] * problem.devices,
-            shares=shares,
-            devices=problem.devices,
-            rule=rules.get(problem.balance, "mean"),
-            tail=1 - problem.cvar_alpha,
+    layers = []
+    for layer in range(problem.layers):
+        loads = table[:, layer] * problem.devices
+        placed = loads if by_home is None else by_home[:, layer] * problem.devices
+        near = NearLoads(loads=placed, devices=problem.devices, devices_per_node=problem.devices_per_node)
+        layers.append(
+            LayerLoads(
+                loads=loads,
+                shares=shares,
+                devices=problem.devices,
+                rule=rules.get(problem.balance, "mean"),
+                tail=1 - problem.cvar_alpha,
+                near=near if problem.near else None,
+            )
         )
-        for layer in range(problem.layers)
-    ]
+    return layers
 
 
-def _batch_loads(problem: PlacementProblem, routing: Routing) -> Floats:
-    """[batches, layers, experts]: the share of a batch's assignments that each expert receives."""
-    drawn = draw_batches(routing, count=BATCHES, batch_tokens=problem.batch_tokens, seed=problem.seed)
-    loads = [routing.take(tokens).loads() for tokens in drawn]
-    return np.asarray(loads, np.float64)
+def _batches(problem: PlacementProblem) -> tuple[list[Routing], Floats]:
+    """What the rows of the load table are drawn from, and their shares: workloads, or under `cvar` batches of them."""
+    if problem.balance != "cvar":
+        return list(problem.workloads), problem.shares
+    options = {"count": BATCHES, "batch_tokens": problem.batch_tokens, "seed": problem.seed}
+    batches = [w.take(tokens) for w in problem.workloads for tokens in draw_batches(w, **options)]
+    return batches, np.repeat(problem.shares / BATCHES, BATCHES)
+
+
+def _loads_by_home(routing: Routing, devices: int) -> Floats:
+    """[layers, experts, devices]: the share of assignments that each expert receives from each home."""
+    if routing.homes is None:
+        return np.repeat(routing.loads()[:, :, None] / devices, devices, axis=2)
+    experts, width = routing.num_experts, routing.topk_ids[:, 0].size
+    homes = routing.homes.astype(np.int64)[:, None]
+    return np.stack(
+        [
+            np.bincount((ids * devices + homes).ravel(), minlength=experts * devices).reshape(
+                experts, devices
+            )
+            / width
+            for ids in routing.topk_ids.astype(np.int64).transpose(1, 0, 2)
+        ]
+    )
 
 
 class DeviceLoads:

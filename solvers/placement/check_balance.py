@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moecc.errors import InputError
 from moecc.solvers.batches import BATCHES, draw_batches
+from moecc.solvers.placement.check_near import near_loads
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.routing import Routing
@@ -19,8 +20,8 @@ def imbalance_of(
 ) -> float:
     """The imbalance that problem.balance asks for, on the problem's workloads or on others of the same model.
 
-    Max device load / mean device load with loads split evenly over replicas, mean over layers: `workload` the weighted
-    mean of the workloads, `pooled` that of their mixture, `worst` the layer's worst workload, `cvar` the mean of the
+    Max device load / mean device load with loads split evenly over replicas (problem.near: served by the nearest),
+    mean over layers: `workload` the weighted mean of the workloads, `pooled` that of their mixture, `worst` the layer's worst workload, `cvar` the mean of the
     worst 1 - cvar_alpha of the layer's batches (drawn anew from these workloads by the problem's seed).
     Raises InputError for workloads of another model.
     """
@@ -35,6 +36,8 @@ def imbalance_of(
             )
     total = sum(routing.weight for routing in routings)
     shares = [routing.weight / total for routing in routings]
+    if problem.near:
+        return _near(placement, problem, routings, shares)
     if problem.balance == "cvar":
         return _cvar(placement, problem, routings, shares)
     if problem.balance == "pooled":
@@ -42,6 +45,25 @@ def imbalance_of(
         return float(layer_imbalance(placement, np.asarray(mixture)).mean())
     each = np.array([layer_imbalance(placement, routing.loads()) for routing in routings])
     per_layer = each.max(axis=0) if problem.balance == "worst" else np.array(shares) @ each
+    return float(per_layer.mean())
+
+
+def _near(
+    placement: Placement, problem: PlacementProblem, routings: Sequence[Routing], shares: Sequence[float]
+) -> float:
+    """As imbalance_of, every token served by the nearest replica."""
+    rows, weights = list(routings), list(shares)
+    if problem.balance == "cvar":
+        options = {"count": BATCHES, "batch_tokens": problem.batch_tokens, "seed": problem.seed}
+        rows = [routing.take(batch) for routing in routings for batch in draw_batches(routing, **options)]
+        weights = np.repeat(np.array(shares) / BATCHES, BATCHES).tolist()
+    loads = near_loads(placement, rows)
+    if problem.balance == "pooled":
+        loads = np.tensordot(weights, loads, 1)[None]
+    each = loads.max(axis=2) / loads.mean(axis=2)
+    if problem.balance == "cvar":
+        return float(np.mean([_tail_mean(layer, weights, 1 - problem.cvar_alpha) for layer in each.T]))
+    per_layer = each.max(axis=0) if problem.balance in ("worst", "pooled") else np.array(weights) @ each
     return float(per_layer.mean())
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints, LayerLoads, layer_loads
+from moecc.solvers.placement.balance import Floats, Ints, LayerLoads, layer_loads
 from moecc.solvers.placement.bounds import lower_bound
 from moecc.solvers.placement.fast import fast_start
+from moecc.solvers.placement.near import loads_of
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.search import TOLERANCE, Clock, balance_layer
@@ -27,7 +28,7 @@ class LayerState:
 
     @property
     def imbalance(self) -> float:
-        return DeviceLoads(self.table, self.experts, self.device_of).imbalance
+        return loads_of(self.table, self.experts, self.device_of).imbalance
 
 
 @dataclass(kw_only=True)

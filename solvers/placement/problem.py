@@ -35,7 +35,9 @@ class PlacementProblem:
     ties to the lowest device; its cost is the number of landing changes between consecutive layers.
 
     objective `traffic` minimises that cost, per token and layer (`home`) or per token and layer transition
-    (`migrate`), weighted over workloads; between equal placements of `home` fewer distinct nodes win.
+    (`migrate`), weighted over workloads. Under `home`, where links differ (`linked`: nodes of several devices, tokens
+    with homes, or `links` given), it minimises the cost of the links that a token's copies cross instead
+    (check.Metrics.link_cost). Without max_imbalance balance decides between equal placements.
     objective `load` minimises the imbalance: max device load / mean device load, mean over layers, where an
     expert's load is split evenly over its replicas. objective `step` minimises the predicted time of a layer, mean
     over layers: step_cost.fixed_us + the largest, over devices, of the time for its rows and for the bytes it
@@ -47,8 +49,10 @@ class PlacementProblem:
     there are (batches.draw_batches, seeded with `seed`). A workload's share is its weight, whatever the length of its
     trace. max_imbalance caps that mean over layers; None: no cap.
 
-    dispatch: the engine's rule for which replica serves a token; the search balances an even split, which is also
-    the mean of `random`; judge_dispatch and the report state what the rule makes of it.
+    dispatch: the engine's rule for which replica serves a token (dispatch.fractions). Loads are those that it makes:
+    `even` splits an expert's alike over its replicas, which is also the mean of `random`; `nearest` under `home` gives
+    each replica the tokens that it is near to (`near`). `lp` is judged only: the search balances the even split, which
+    an LP never exceeds.
     in_force: the placement that is to be left, perhaps on fewer or more devices: device d stays device d, devices
     come and go at the end. max_moved_bytes caps the expert weights (expert_bytes each) that devices receive, all
     layers together; None: the moves are few, but not capped.
@@ -82,6 +86,7 @@ class PlacementProblem:
         _check_choices(self)
         _check_workloads(self.workloads)
         _check_slots(self)
+        _check_homes(self)
         _check_in_force(self)
         _check_step(self)
 
@@ -108,6 +113,23 @@ class PlacementProblem:
         if self.max_moved_bytes is None:
             return None
         return math.floor(self.max_moved_bytes / self.expert_bytes + 1e-9)
+
+    @property
+    def homed(self) -> bool:
+        """Whether any tokens have a home."""
+        return any(routing.homes is not None for routing in self.workloads)
+
+    @property
+    def linked(self) -> bool:
+        """Whether traffic is the cost of links and not the number of devices, as some may be nearer than others."""
+        tiered = 1 < self.devices_per_node < self.devices
+        return self.execution == "home" and (self.links is not None or self.homed or tiered)
+
+    @property
+    def near(self) -> bool:
+        """Whether the load of a replica depends on where it and the tokens are."""
+        replicas = self.dispatch == "nearest" and self.execution == "home" and self.slots > self.num_experts
+        return replicas and (self.homed or self.devices_per_node < self.devices)
 
     @property
     def shares(self) -> NDArray[np.float64]:
@@ -190,6 +212,19 @@ def _check_workloads(workloads: tuple[Routing, ...]) -> None:
                 hint="use 1.0 for equal shares",
             )
         _check_ids(ids, routing.num_experts, where)
+
+
+def _check_homes(problem: PlacementProblem) -> None:
+    for routing in problem.workloads:
+        homes = routing.homes
+        if homes is None:
+            continue
+        if homes.shape != (len(routing.topk_ids),) or homes.min() < 0 or homes.max() >= problem.devices:
+            raise InputError(
+                f"homes are not {len(routing.topk_ids)} device numbers below {problem.devices}",
+                where=f"workload {routing.name!r}",
+                hint="give one home device for each token, from 0",
+            )
 
 
 def _check_ids(ids: NDArray[np.int16], num_experts: int, where: str) -> None:

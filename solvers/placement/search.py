@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints, LayerLoads
+from moecc.solvers.placement.near import loads_of
 from moecc.solvers.placement.traffic import SwapTable, TrafficRows
 
 Mask = NDArray[np.bool_]
@@ -128,7 +129,7 @@ def balance_layer(
 ) -> Found:
     """Lower the imbalance of a layer; stops at `floor`, after a fixed number of idle steps, or at the clock."""
     device_of = device_of.copy()
-    loads = DeviceLoads(table, experts, device_of)
+    loads = loads_of(table, experts, device_of)
     units, tabu = len(experts), Tabu(len(experts), table.devices, rng)
     everyone = np.arange(units)
     best, best_devices, idle, step = loads.imbalance, device_of.copy(), 0, 0
@@ -207,7 +208,7 @@ def reduce_cost(
     within, so that it walks along the border.
     """
     units = len(experts)
-    loads = DeviceLoads(table, experts, swaps.device_of[:-1])
+    loads = loads_of(table, experts, swaps.device_of[:-1])
     tabu, everyone, price, idle = Tabu(units, table.devices, rng), np.arange(units), 10.0, 0
     best: Found | None = None
     for step in range(budget + 1):
