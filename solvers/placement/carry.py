@@ -68,11 +68,11 @@ def match_devices(problem: PlacementProblem, in_force: Placement, new: Placement
 
     Only renamings that the execution does not see: under `home` every layer's own, nodes staying together (where an
     expert has replicas, ties of the greedy cover may fall otherwise); of a `load` problem under `migrate` one for all
-    layers; none where landings break ties by device number or links differ.
+    layers; none where landings break ties by device number, links differ or tokens have homes.
     """
     if problem.execution == "migrate" and problem.objective != "load":
         return new
-    if problem.links is not None:
+    if problem.links is not None or problem.homed:
         return new
     before, after = held_before(problem, in_force), holdings(new)
     shared = np.einsum("led,leo->ldo", after.astype(np.int64), before.astype(np.int64))

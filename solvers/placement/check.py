@@ -136,11 +136,13 @@ def _mean(each: Sequence[Metrics], shares: Sequence[float]) -> Metrics:
 
 
 def objective_of(placement: Placement, problem: PlacementProblem, evaluation: Evaluation) -> float:
-    """The figure that the problem minimises, on the problem's workloads; evaluation: of the placement on them."""
+    """The figure that the problem minimises; evaluation: of the placement on the problem's workloads and links."""
     if problem.objective == "load":
         return imbalance_of(placement, problem)
     if problem.objective == "step":
         return step_us(placement, problem)
+    if problem.linked:
+        return evaluation.mean.link_cost
     return evaluation.mean.fan_out if problem.execution == "home" else evaluation.mean.hops
 
 

@@ -9,11 +9,12 @@ import numpy as np
 from moecc.solvers.placement.balance import Ints
 from moecc.solvers.placement.bounds import lower_bound
 from moecc.solvers.placement.cpsat import WORK, Proof, solve_layers
-from moecc.solvers.placement.home import fan_out, patterns
+from moecc.solvers.placement.home import home_cost, patterns
 from moecc.solvers.placement.layers import Work, remaining
 from moecc.solvers.placement.migrate import summed_hops
 from moecc.solvers.placement.proofs import prove_chain, prove_steps
 from moecc.solvers.placement.search import TOLERANCE
+from moecc.solvers.placement.whole import prove_whole
 
 MAX_EXPERTS, MAX_DEVICES, MAX_PATTERNS = 16, 4, 300
 MAX_MIGRATE_EXPERTS, MAX_MIGRATE_DEVICES, MAX_COUPLED_LAYERS = 6, 3, 3
@@ -29,6 +30,13 @@ def prove(work: Work) -> None:
             prove_steps(work)
         return
     if work.proven is not None:
+        return
+    linked = problem.linked and problem.objective == "traffic"
+    enumerable = work.kept is None and problem.execution == "home"
+    if enumerable and (problem.objective == "traffic" or problem.near) and prove_whole(work):
+        return
+    if linked or problem.near:
+        # The model of CP-SAT takes devices for interchangeable and replicas for alike.
         return
     everything = range(problem.layers)
     # Landings couple layers, and so do a cap on their mean and a budget of moves: then all layers are proven together.
@@ -109,7 +117,7 @@ def _rank(work: Work, group: Sequence[int]) -> tuple[float, float]:
     if problem.objective == "load":
         objective = imbalance
     elif problem.execution == "home":
-        objective = float(np.mean([fan_out(work, index) for index in group]))
+        objective = float(np.mean([home_cost(work, index) for index in group]))
     else:
         objective = summed_hops(work)
     return round(over, 11), round(objective, 11)

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from moecc.solvers.placement.balance import Floats, Ints, LayerLoads
+from moecc.solvers.placement.balance import Floats, Ints
+from moecc.solvers.placement.bounds import lower_bound
+from moecc.solvers.placement.labels import MOST_CELLS, label_layer
 from moecc.solvers.placement.layers import LayerState, Work
+from moecc.solvers.placement.link_rows import link_rows, traffic_rows
 from moecc.solvers.placement.search import TOLERANCE, Found, reduce_traffic, same_device
 from moecc.solvers.placement.start import gathered_start
-from moecc.solvers.placement.traffic import FirstRows, HomeRows, SwapTable, home_rows
+from moecc.solvers.placement.traffic import home_rows
 
 ROUNDS = 3
+HALVINGS = 5
 
 
 def search_home(work: Work) -> None:
-    """Tabu search on every layer: from experts gathered by co-occurrence, from where it stands, from a shaken best."""
-    if work.problem.slots_per_device == 1:
-        # Every expert is on a device of its own: there is nothing to gain.
-        return
-    total = ROUNDS * len(work.layers)
-    costs = [np.inf] * len(work.layers)
+    """Tabu search on every layer: from experts gathered by co-occurrence, from where it stands, from a shaken best.
+
+    Which experts share a device is searched as if all links were alike; where they differ, devices are then named and
+    experts swapped by what the links cost. Without a cap what costs the links nothing is spent on balance at last.
+    """
+    # With every expert on a device of its own there is no fan-out to gain.
+    gathering = ROUNDS * len(work.layers) if work.problem.slots_per_device > 1 else 0
+    later = [follow_links] * work.problem.linked + [even_out] * (work.problem.max_imbalance is None)
+    total = gathering + len(work.layers) * len(later)
+    costs = [(np.inf, np.inf)] * len(work.layers)
     balanced = [layer.device_of for layer in work.layers]
-    for step in range(total):
+    for step in range(gathering):
         round_, index = divmod(step, len(work.layers))
         if work.clock.passed(np.inf):
             return
@@ -43,9 +51,20 @@ def search_home(work: Work) -> None:
             clock=work.clock,
             until=work.clock.slice(total - step),
         )
-        if found is not None and found.cost < costs[index] - TOLERANCE:
-            costs[index], layer.device_of = found.cost, found.device_of
+        if found is not None and _rank(found) < costs[index]:
+            costs[index], layer.device_of = _rank(found), found.device_of
         work.tick(step + 1, total)
+    for step in range(gathering, total):
+        if work.clock.passed(np.inf):
+            return
+        round_, index = divmod(step - gathering, len(work.layers))
+        later[round_](work, index, work.clock.slice(total - step))
+        work.tick(step + 1, total)
+
+
+def _rank(found: Found) -> tuple[float, float]:
+    """Traffic first, balance between equals; rounded so that equals compare equal."""
+    return round(found.cost, 11), round(found.imbalance, 11)
 
 
 def shaken(layer: LayerState, rng: np.random.Generator) -> Ints:
@@ -61,90 +80,66 @@ def shaken(layer: LayerState, rng: np.random.Generator) -> Ints:
     return device_of
 
 
-def group_nodes(work: Work) -> None:
-    """Relabel every layer's devices so that tokens reach fewer nodes; fan-out and loads stay as they are."""
-    problem = work.problem
-    nodes = problem.devices // problem.devices_per_node
-    if nodes == 1 or problem.devices_per_node == 1:
+def follow_links(work: Work, index: int, until: float) -> None:
+    """Name the layer's devices by what their links cost, then swap experts by the same cost, from there."""
+    problem, layer = work.problem, work.layers[index]
+    label_layer(work, index, until)
+    rows = link_rows(problem, index, layer.experts)
+    if rows.ids.size * (problem.devices + 1) > MOST_CELLS:
+        note = "too large to swap experts by what links cost: devices were only named by it"
+        work.notes += [note] if note not in work.notes else []
         return
-    if problem.slots_per_device == 1:
-        _gather_in_nodes(work, nodes)
-        return
-    node_of = np.arange(problem.devices) // problem.devices_per_node
-    even = LayerLoads(loads=np.ones((1, problem.devices)), shares=np.ones(1), devices=nodes)
-    for index, layer in enumerate(work.layers):
-        if work.clock.passed(np.inf):
-            return
-        rows = home_rows(problem, index, layer.experts)
-        sets, before = _device_sets(rows, layer.device_of)
-        found = reduce_traffic(
-            HomeRows(sets, rows.weight, np.arange(problem.devices), nodes),
-            even,
-            node_of,
-            cap=np.inf,
-            budget=10 * problem.devices,
-            rng=work.rng(index, 99),
-            clock=work.clock,
-            until=work.clock.slice(len(work.layers) - index),
-        )
-        if found is not None:
-            _relabel(layer, rows, found, before)
-
-
-def _gather_in_nodes(work: Work, nodes: int) -> None:
-    """One unit a device: units are searched over nodes directly, from experts gathered by co-occurrence."""
-    problem = work.problem
-    even = LayerLoads(
-        loads=np.full((1, problem.num_experts), nodes / problem.num_experts), shares=np.ones(1), devices=nodes
+    found = reduce_traffic(
+        rows,
+        layer.table,
+        layer.device_of,
+        cap=float(work.caps[index]),
+        budget=5 * problem.slots,
+        rng=work.rng(index, 97),
+        clock=work.clock,
+        until=until,
     )
-    for index, layer in enumerate(work.layers):
-        if work.clock.passed(np.inf):
+    if found is not None and found.cost < rows.cost(layer.device_of) - TOLERANCE:
+        layer.device_of = found.device_of
+
+
+def even_out(work: Work, index: int, until: float) -> None:
+    """Lower the layer's imbalance as far as its traffic stays what it is: bisection on a cap."""
+    problem, layer = work.problem, work.layers[index]
+    rows = traffic_rows(problem, index, layer.experts)
+    if rows.ids.size * (problem.devices + 1) > MOST_CELLS:
+        return
+    low, high = lower_bound(layer.table, problem.slots_per_device), layer.imbalance
+    cap, most = low, rows.cost(layer.device_of) + TOLERANCE
+    for turn in range(HALVINGS):
+        if high <= low + TOLERANCE or work.clock.passed(until):
             return
-        cover = home_rows(problem, index, layer.experts)
-        rows = FirstRows(cover.ids, cover.weight, layer.experts, nodes)
-        now = layer.device_of // problem.devices_per_node
         found = reduce_traffic(
             rows,
-            even,
-            gathered_start(rows.ids, rows.weight, layer.experts, nodes),
-            cap=np.inf,
-            budget=10 * problem.devices,
-            rng=work.rng(index, 99),
+            layer.table,
+            layer.device_of,
+            cap=cap,
+            budget=2 * problem.slots,
+            rng=work.rng(index, 90 + turn),
             clock=work.clock,
-            until=work.clock.slice(len(work.layers) - index),
+            until=until,
         )
-        if found is not None and found.cost < SwapTable(rows, now).cost - TOLERANCE:
-            layer.device_of = np.argsort(np.argsort(found.device_of, kind="stable"))
-        work.tick(index + 1, len(work.layers))
+        if found is not None and found.cost <= most:
+            layer.device_of, high = found.device_of, found.imbalance
+        else:
+            low = cap
+        cap = (low + high) / 2
 
 
-def _relabel(layer: LayerState, rows: HomeRows, found: Found, before: float) -> None:
-    label = np.empty(len(found.device_of), np.int64)
-    label[np.argsort(found.device_of, kind="stable")] = np.arange(len(label))
-    device_of = label[layer.device_of]
-    # The greedy cover of replicas breaks ties by device number, so new labels can change the fan-out.
-    if rows.single or _device_sets(rows, device_of)[1] <= before + TOLERANCE:
-        layer.device_of = device_of
-
-
-def _device_sets(rows: HomeRows, device_of: Ints) -> tuple[Ints, float]:
-    """[rows, widest]: the devices each row reaches, padded with D; and the weighted fan-out."""
-    look = rows.look(np.arange(len(rows.ids)), np.append(device_of, rows.devices))
-    reached = np.zeros((len(look.items), rows.devices), np.bool_)
-    np.put_along_axis(reached, device_of[look.items], True, 1)
-    width = int(reached.sum(axis=1).max())
-    order = np.argsort(~reached, axis=1, kind="stable")[:, :width]
-    held = np.take_along_axis(reached, order, 1)
-    return np.where(held, order, rows.devices), float(rows.weight @ look.cost)
-
-
-def fan_out(work: Work, index: int) -> float:
-    """The weighted fan-out of a layer as it stands."""
-    if work.problem.slots_per_device == 1:
-        return float(work.problem.top_k)
-    layer = work.layers[index]
-    rows = home_rows(work.problem, index, layer.experts)
-    return _device_sets(rows, layer.device_of)[1]
+def home_cost(work: Work, index: int) -> float:
+    """The traffic of a layer as it stands: the cost of its links, or its fan-out."""
+    problem, layer = work.problem, work.layers[index]
+    if problem.linked:
+        rows = link_rows(problem, index, layer.experts)
+        return rows.prices.scale * rows.cost(layer.device_of)
+    if problem.slots_per_device == 1:
+        return float(problem.top_k)
+    return home_rows(problem, index, layer.experts).cost(layer.device_of)
 
 
 def patterns(work: Work, index: int) -> tuple[Ints, Floats]:

@@ -14,11 +14,13 @@ from moecc.solvers.placement.carry import match_devices
 from moecc.solvers.placement.check import evaluate_all, moved_experts, objective_of
 from moecc.solvers.placement.check_balance import imbalance_of
 from moecc.solvers.placement.exact import chained, prove
-from moecc.solvers.placement.home import fan_out, group_nodes, search_home
+from moecc.solvers.placement.home import home_cost, search_home
+from moecc.solvers.placement.labels import label_devices
 from moecc.solvers.placement.layers import Work, balance, begin, spread_cap, start_from
 from moecc.solvers.placement.migrate import join_nodes, search_migrate, summed_hops
 from moecc.solvers.placement.parallel import Team
 from moecc.solvers.placement.placement import INTERRUPTED, Certificate, Placement, Solution, Status
+from moecc.solvers.placement.prices import least_link_cost
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.search import TOLERANCE, Clock
 from moecc.solvers.placement.start import to_placement
@@ -46,7 +48,9 @@ def solve(
         start_in_force(work)
     placement = to_placement(problem, [(layer.experts, layer.device_of) for layer in work.layers])
     timed = time.monotonic()
-    objective_of(placement, problem, evaluate_all(placement, problem.workloads, problem.execution))
+    objective_of(
+        placement, problem, evaluate_all(placement, problem.workloads, problem.execution, problem.links)
+    )
     imbalance_of(placement, problem)
     # The result is judged once more at the end, by the check and by the solver: that time is kept free.
     clock.deadline -= 2.5 * (time.monotonic() - timed) + 0.01
@@ -59,7 +63,7 @@ def solve(
     placement = to_placement(problem, [(layer.experts, layer.device_of) for layer in work.layers])
     if problem.in_force is not None:
         placement = _from_in_force(work, problem.in_force, placement)
-    evaluation = evaluate_all(placement, problem.workloads, problem.execution)
+    evaluation = evaluate_all(placement, problem.workloads, problem.execution, problem.links)
     imbalance = imbalance_of(placement, problem)
     objective = objective_of(placement, problem, evaluation)
     _require_agreement(work, objective, imbalance)
@@ -84,8 +88,8 @@ def _improve(work: Work, team: Team) -> None:
     if problem.objective == "step" and reachable:
         team.run(work, search_step)
     prove(work)
-    if problem.execution == "home" and problem.objective != "step":
-        team.run(work, group_nodes)
+    if problem.objective == "load" and problem.linked:
+        team.run(work, label_devices)
     if problem.execution == "migrate" and problem.objective == "traffic":
         join_nodes(work)
 
@@ -130,7 +134,7 @@ def _solver_objective(work: Work) -> float:
     if problem.objective == "step":
         return float(np.mean([layer_us(work, index) for index in range(problem.layers)]))
     if problem.execution == "home":
-        return float(np.mean([fan_out(work, index) for index in range(problem.layers)]))
+        return float(np.mean([home_cost(work, index) for index in range(problem.layers)]))
     return summed_hops(work) / max(1, problem.layers - 1)
 
 
@@ -187,7 +191,9 @@ def _bound(work: Work, objective: float) -> float | None:
     """The best lower bound known: CP-SAT's, the load bound, or a trivial one where it is met."""
     problem = work.problem
     # A token reaches at least the devices that its experts fill.
-    least = -(-problem.top_k // problem.slots_per_device) if problem.execution == "home" else 0
+    least: float = -(-problem.top_k // problem.slots_per_device) if problem.execution == "home" else 0
+    if problem.linked and problem.objective == "traffic":
+        least = least_link_cost(problem)
     if work.proven is not None:
         return max(float(least), work.proven) if problem.objective == "traffic" else work.proven
     if problem.objective == "load":

@@ -54,18 +54,34 @@ class HomeRows:
         self.single = len(np.unique(experts)) == len(experts)
 
     def look(self, rows: Ints, device_of: Ints) -> Look:
-        items = self.ids[rows] if self.single else self._cover(self.ids[rows], device_of)
+        items = self.chosen(rows, device_of)
         at = device_of[items]
-        counts = _device_counts(at, self.devices)
+        counts = device_counts(at, self.devices)
         absent = counts == 0
         alone = np.take_along_axis(counts, at, 1) == 1
         cost = self.devices - absent[:, : self.devices].sum(axis=1, dtype=np.float64)
         moves = absent[:, None, :].astype(np.float32) - alone[:, :, None]
         return Look(items=items, cost=cost, moves=moves)
 
+    def reached(self, device_of: Ints) -> Ints:
+        """[rows, widest]: the devices that each row reaches, padded with D; device_of: [units]."""
+        items = self.chosen(np.arange(len(self.ids)), np.append(device_of, self.devices))
+        return distinct(np.append(device_of, self.devices)[items], self.devices)
+
+    def cost(self, device_of: Ints) -> float:
+        """The weighted sum of the rows' costs."""
+        return float(self.weight @ (self.reached(device_of) < self.devices).sum(axis=1))
+
+    def chosen(self, rows: Ints, device_of: Ints) -> Ints:
+        """[rows, top_k] units that serve."""
+        return self.ids[rows] if self.single else self._cover(self.ids[rows], device_of)
+
     def _cover(self, ids: Ints, device_of: Ints) -> Ints:
         """[rows, top_k] units: repeatedly take the device with most experts of the row still open."""
         num_experts, units = int(self.experts.max()) + 1, len(self.experts)
+        if units == self.devices:
+            # No device has two of a row's experts: every device has one unit.
+            return self._lowest(ids, device_of)
         unit_at = np.full((num_experts, self.devices), -1)
         unit_at[self.experts, device_of[:-1]] = np.arange(units)
         options = unit_at[ids]
@@ -77,17 +93,20 @@ class HomeRows:
             items = np.where(items < 0, offered, items)
         return items
 
+    def _lowest(self, ids: Ints, device_of: Ints) -> Ints:
+        """[rows, top_k]: of every expert's units the one on the lowest device."""
+        order = np.lexsort((device_of[:-1], self.experts))
+        first = np.full(int(self.experts.max()) + 1, len(self.experts))
+        first[self.experts[order[::-1]]] = order[::-1]
+        return first[ids]
+
 
 class FirstRows(HomeRows):
     """As HomeRows, but of an expert's replicas the one on the lowest device counts: what the greedy cover comes to
     where every unit has a device of its own; `devices` are then their nodes."""
 
     def _cover(self, ids: Ints, device_of: Ints) -> Ints:
-        units = len(self.experts)
-        order = np.lexsort((device_of[:-1], self.experts))
-        first = np.full(int(self.experts.max()) + 1, units)
-        first[self.experts[order[::-1]]] = order[::-1]
-        return first[ids]
+        return self._lowest(ids, device_of)
 
 
 class MigrateRows:
@@ -107,7 +126,7 @@ class MigrateRows:
 
     def landing(self, device_of: Ints) -> Ints:
         """[tokens]: where every token lands."""
-        counts = _device_counts(device_of[self.items], self.devices)
+        counts = device_counts(device_of[self.items], self.devices)
         return np.asarray(counts[:, : self.devices].argmax(axis=1))
 
     def look(self, rows: Ints, device_of: Ints) -> Look:
@@ -115,7 +134,7 @@ class MigrateRows:
         at = device_of[items]
         device = np.arange(d + 1)
         # One integer orders devices by count, then lowest first; the padding device sorts below all.
-        key = _device_counts(at, d) * d + (d - 1 - device)
+        key = device_counts(at, d) * d + (d - 1 - device)
         key[:, d] = -(2**30)
         order = np.argsort(-key, axis=1)[:, :2]
         top, second = order[:, :1], order[:, 1:]
@@ -206,7 +225,15 @@ def token_weights(problem: PlacementProblem) -> Floats:
     )
 
 
-def _device_counts(at: Ints, devices: int) -> Ints:
+def distinct(at: Ints, padding: int) -> Ints:
+    """[rows, widest]: the entries of each row once, rising; `padding` is above them all."""
+    ordered = np.sort(at, axis=1)
+    ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = padding
+    ordered.sort(axis=1)
+    return ordered[:, : int((ordered < padding).sum(axis=1).max())]
+
+
+def device_counts(at: Ints, devices: int) -> Ints:
     """[rows, devices + 1] from the devices of items [rows, width]."""
     flat = np.arange(len(at))[:, None] * (devices + 1) + at
     return np.bincount(flat.ravel(), minlength=len(at) * (devices + 1)).reshape(len(at), devices + 1)

@@ -12,12 +12,14 @@ from moecc.errors import InputError
 from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints
 from moecc.solvers.placement.carry import carried, held_before
 from moecc.solvers.placement.layers import LayerState, Work
+from moecc.solvers.placement.link_rows import traffic_rows
 from moecc.solvers.placement.migrate import Tokens
 from moecc.solvers.placement.moves import Held
+from moecc.solvers.placement.near import loads_of
 from moecc.solvers.placement.search import TOLERANCE, Swaps, Tabu, excess, lowest, same_device
 from moecc.solvers.placement.start import replicate
 from moecc.solvers.placement.step import StepSwaps, rates, step_rows
-from moecc.solvers.placement.traffic import SwapTable, home_rows
+from moecc.solvers.placement.traffic import SwapTable
 
 PRICES = (1.0, 0.3, 0.0)
 """What a moved expert costs, in units of the first step's gain per move: dear moves find the few that matter."""
@@ -122,10 +124,10 @@ def _independent(work: Work, index: int) -> MakeSwaps:
 
     def make(experts: Ints, device_of: Ints) -> Swaps:
         if problem.objective == "load":
-            return LoadSwaps(DeviceLoads(table, experts, device_of), device_of)
+            return LoadSwaps(loads_of(table, experts, device_of), device_of)
         if problem.objective == "step":
             return StepSwaps(step_rows(problem, index, experts), table, rates(problem), device_of)
-        return SwapTable(home_rows(problem, index, experts), device_of)
+        return SwapTable(traffic_rows(problem, index, experts), device_of)
 
     return make
 
@@ -208,7 +210,7 @@ class LayerSearch:
         return starts
 
     def _even(self, experts: Ints, device_of: Ints) -> Swaps:
-        return LoadSwaps(DeviceLoads(self.layer.table, experts, device_of), device_of)
+        return LoadSwaps(loads_of(self.layer.table, experts, device_of), device_of)
 
     def _descend(
         self, swaps: Swaps, experts: Ints, price: float, rng: np.random.Generator, until: float
@@ -217,7 +219,7 @@ class LayerSearch:
         units, table, cap = len(experts), self.layer.table, float(self.work.caps[self.index])
         if isinstance(swaps, LoadSwaps):
             cap = np.inf
-        loads = DeviceLoads(table, experts, swaps.device_of[:-1])
+        loads = loads_of(table, experts, swaps.device_of[:-1])
         tabu, everyone, new = Tabu(units, table.devices, rng), np.arange(units), ~self.kept[experts]
         idle, step, over_price, best = 0, 0, 10.0, np.inf
         while idle <= 2 * units and not self.work.clock.passed(until):
@@ -265,7 +267,7 @@ def _count_anew(layer: LayerState, experts: Ints, device_of: Ints) -> tuple[Ints
     lack = np.bincount(wanted, minlength=table.loads.shape[1]) - np.bincount(
         experts, minlength=table.loads.shape[1]
     )
-    new, sums = experts.copy(), DeviceLoads(table, experts, device_of).sums.sum(axis=0)
+    new, sums = experts.copy(), loads_of(table, experts, device_of).sums.sum(axis=0)
     for unit in np.argsort(-sums[device_of], kind="stable"):
         if lack[new[unit]] >= 0:
             continue
@@ -287,14 +289,14 @@ def _replace_replica(layer: LayerState, experts: Ints, device_of: Ints) -> tuple
     loads = table.loads.mean(axis=0) / counts
     spare = np.flatnonzero(counts[experts] > 1)
     light = spare[np.argsort(loads[experts[spare]], kind="stable")][:12]
-    lowest_, best = DeviceLoads(table, experts, device_of).imbalance, None
+    lowest_, best = loads_of(table, experts, device_of).imbalance, None
     for expert in np.argsort(-loads, kind="stable")[:3]:
         holders = device_of[experts == expert]
         for unit in light[~np.isin(device_of[light], holders)]:
             new = experts.copy()
             new[unit] = expert
             order = np.lexsort((device_of, new))
-            imbalance = DeviceLoads(table, new[order], device_of[order]).imbalance
+            imbalance = loads_of(table, new[order], device_of[order]).imbalance
             if imbalance < lowest_ - TOLERANCE:
                 lowest_, best = imbalance, (new[order], device_of[order])
     return best
