@@ -21,8 +21,9 @@ def imbalance_of(
     """The imbalance that problem.balance asks for, on the problem's workloads or on others of the same model.
 
     Max device load / mean device load with loads split evenly over replicas (problem.near: served by the nearest),
-    mean over layers: `workload` the weighted mean of the workloads, `pooled` that of their mixture, `worst` the layer's worst workload, `cvar` the mean of the
-    worst 1 - cvar_alpha of the layer's batches (drawn anew from these workloads by the problem's seed).
+    mean over layers: `workload` the weighted mean of the workloads, `pooled` that of their mixture, `worst` the
+    layer's worst workload, `cvar` the mean of the worst 1 - cvar_alpha of the layer's batches (drawn anew from these
+    workloads by the problem's seed).
     Raises InputError for workloads of another model.
     """
     routings = tuple(workloads if workloads is not None else problem.workloads)
