@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from moecc.errors import InputError
+from moecc.solvers.placement.check import evaluate
 from moecc.solvers.placement.homes import PREFIX, Unit, aligned
-from moecc.solvers.placement.margin import solve_unseen
+from moecc.solvers.placement.margin import MOMENT_S, solve_unseen
 from moecc.solvers.placement.placement import Placement, Solution
 from moecc.solvers.placement.problem import PlacementProblem
-from moecc.solvers.placement.report import Figures, PlacingReport, figures, halves, judge, worse
+from moecc.solvers.placement.report import (
+    Figures,
+    Judged,
+    PlacingReport,
+    figures,
+    halves,
+    judge,
+    judge_one,
+    worse,
+)
 from moecc.solvers.placement.solve import solve
 from moecc.solvers.placement.start import identity
 
 StageProgress = Callable[[str, int, int], None]
 UNSEEN_SHARE = 0.25
 """Of the time limit, for solving without each workload; what the main solve leaves is added to it."""
-EVALUATIONS = 10
-"""What judging costs in all, in evaluations of one placement on one half of the traces."""
+LEAST_SHARE = 0.25
+"""Of the time limit, for solving, however long judging takes."""
+RESERVE = 0.2
+"""Kept free beside what judging one placement took, in units of that time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,32 +76,36 @@ def place(
     on_training = replace(problem, workloads=training)
     others = len(training) if leave_one_out and len(training) > 1 else 0
     before = identity(problem)
-    timed = time.monotonic()
-    figures(before, on_training)
-    judging = min(problem.time_limit_s / 2, (time.monotonic() - timed) * EVALUATIONS)
-    limit = (problem.time_limit_s - judging) * (1 - UNSEEN_SHARE if others else 1)
+    report_progress("judge", 0, 0)
+    base = judge_one(problem, before, homes)
+    spent = time.monotonic() - started
+    # The result is judged like identity, and renaming its devices takes about as long again.
+    left = max(
+        LEAST_SHARE * problem.time_limit_s, problem.time_limit_s - spent * (2 + RESERVE + (1 if homes else 0))
+    )
+    limit = left * (1 - UNSEEN_SHARE if others else 1)
     solution = solve_unseen(replace(on_training, time_limit_s=limit), partial(report_progress, "solve"))
     if homes:
         solution = _renamed(solution, on_training)
     report_progress("judge", 0, 0)
-    report, cut = _judged(
-        partial(judge, problem, before, solution.placement, layer_names=layer_names, homes=homes)
-    )
+    found, cut = _again_if_interrupted(partial(judge_one, problem, solution.placement, homes))
+    report = judge(problem, base, found, layer_names=layer_names)
     interrupted = cut or solution.certificate.interrupted
     if others and not interrupted:
         margin = solution.certificate.margin
-        least = problem.time_limit_s * UNSEEN_SHARE / 2
-        left = max(least, problem.time_limit_s - (time.monotonic() - started))
         alike = replace(problem, max_imbalance=margin.cap if margin else problem.max_imbalance)
-        unseen, interrupted = _unseen(alike, before, left / others, report_progress)
+        deadline = max(
+            time.monotonic() + left * UNSEEN_SHARE / 2, started + problem.time_limit_s - RESERVE * spent
+        )
+        unseen, interrupted = _unseen(alike, report.before["workloads"], deadline, report_progress)
         report = replace(report, unseen=unseen, warnings=report.warnings + _unseen_warnings(unseen))
     if interrupted and len(report.unseen) < others:
         report.warnings.append("interrupted: not every workload was tried unseen")
     return Placed(solution=solution, identity=before, report=report, interrupted=interrupted)
 
 
-def _judged(work: Callable[[], PlacingReport]) -> tuple[PlacingReport, bool]:
-    """The report, and whether an interrupt came while it was made."""
+def _again_if_interrupted(work: Callable[[], Judged]) -> tuple[Judged, bool]:
+    """What the work returns, and whether an interrupt came while it was done."""
     try:
         return work(), False
     except KeyboardInterrupt:
@@ -97,21 +113,22 @@ def _judged(work: Callable[[], PlacingReport]) -> tuple[PlacingReport, bool]:
 
 
 def _unseen(
-    problem: PlacementProblem, before: Placement, limit: float, progress: StageProgress
+    problem: PlacementProblem, before: Mapping[str, Figures], deadline: float, progress: StageProgress
 ) -> tuple[list[Figures], bool]:
-    """A row for every workload, solved without it and judged on its held-out half; and whether that was cut short."""
+    """A row for every workload, solved without it and judged on its held-out half; and whether that was cut short.
+
+    before: of every workload identity's figures. deadline: of time.monotonic.
+    """
     training, held_out = halves(problem)
     rows: list[Figures] = []
     try:
         for index, routing in enumerate(held_out):
             rest = training[:index] + training[index + 1 :]
-            task = replace(problem, workloads=rest, time_limit_s=limit)
+            limit = (deadline - time.monotonic()) / (len(held_out) - index)
+            task = replace(problem, workloads=rest, time_limit_s=max(MOMENT_S, limit))
             solution = solve(task, partial(progress, f"without {routing.name}"))
-            alone = replace(problem, workloads=(routing,))
-            row = {
-                side: figures(placement, alone)["workloads"][routing.name]
-                for side, placement in (("before", before), ("after", solution.placement))
-            }
+            judged = evaluate(solution.placement, routing, problem.execution, problem.links)
+            row = {"before": before[routing.name], "after": asdict(judged)}
             what = worse(row["before"], row["after"], problem.execution)
             seconds = solution.certificate.wall_s
             rows.append({"workload": routing.name, **row, "worse": what, "wall_s": seconds})

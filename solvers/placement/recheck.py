@@ -14,7 +14,7 @@ from moecc.errors import InputError
 from moecc.solvers.placement.links import Links
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import PlacementProblem
-from moecc.solvers.placement.report import fingerprint, judge
+from moecc.solvers.placement.report import fingerprint, judge, judge_one
 from moecc.solvers.placement.step_cost import StepCost
 from moecc.solvers.routing import Routing
 
@@ -56,7 +56,8 @@ def recheck(text: str, workloads: Sequence[Routing], *, where: str = "placement.
     unit = report["homes"].get("unit") if isinstance(report.get("homes"), dict) else None
     if unit not in (None, "sequence", "token"):
         raise InputError(f"homes by {unit!r} are unknown", where=where, hint="the file was changed")
-    found = asdict(judge(problem, _identity(placement), placement, layer_names=names, homes=unit))
+    before, after = (judge_one(problem, side, unit) for side in (_identity(placement), placement))
+    found = asdict(judge(problem, before, after, layer_names=names))
     pairs = list(_pairs("report", {key: found[key] for key in JUDGED}, report))
     pairs += _certificate_pairs(certificate, found["in_sample"]["after"]["objective"])
     wrong = [

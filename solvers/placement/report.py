@@ -60,35 +60,65 @@ class PlacingReport:
     assumptions: list[str] = field(default_factory=list)
 
 
-def judge(
-    problem: PlacementProblem,
-    before: Placement,
-    after: Placement,
-    *,
-    layer_names: Sequence[int] | None = None,
-    homes: Unit | None = None,
-) -> PlacingReport:
-    """Every figure of the report but `unseen`, from the placements and the whole traces of problem.workloads.
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One placement: figures under each execution, in-sample ones, under the engine's rule for replicas, chosen homes.
 
-    Nothing here comes from a solver. layer_names: the model's numbers of the layers, 0 and up otherwise. homes: what
-    is sent to a home of its choice, None where homes are as the traces have them or random.
+    All but in_sample on held-out sequences. layers: [layers] of imbalance and fan-out.
+    """
+
+    placement: Placement
+    executions: dict[Execution, Figures]
+    in_sample: Figures
+    dispatch: Figures
+    homes: Figures
+    layers: list[Figures]
+
+
+def judge_one(problem: PlacementProblem, placement: Placement, homes: Unit | None = None) -> Judged:
+    """On the whole traces of problem.workloads; nothing here comes from a solver.
+
+    homes: what is sent to a home of its choice, None where homes are as the traces have them or random.
     """
     training, held_out = halves(problem)
+    judged = evaluate_under(placement, held_out, EXECUTIONS, problem.links)
+    home = judged["home"]
+    replicas = problem.slots > problem.num_experts
+    return Judged(
+        placement=placement,
+        executions={
+            execution: _figures(placement, _under(problem, held_out, execution), evaluation)
+            for execution, evaluation in judged.items()
+        },
+        in_sample=figures(placement, replace(problem, workloads=training)),
+        dispatch=asdict(judge_dispatch(placement, held_out, problem.dispatch, problem.seed))
+        if replicas
+        else {},
+        homes=_homes(placement, homes, training, held_out) if homes else {},
+        layers=[
+            {"imbalance": imbalance, "fan_out": fan_out}
+            for imbalance, fan_out in zip(home.layer_imbalance, home.layer_fan_out, strict=True)
+        ],
+    )
+
+
+def judge(
+    problem: PlacementProblem,
+    before: Judged,
+    after: Judged,
+    *,
+    layer_names: Sequence[int] | None = None,
+) -> PlacingReport:
+    """Every figure of the report but `unseen`. layer_names: the model's numbers of the layers, 0 and up otherwise."""
+    held_out = halves(problem)[1]
     sides = {"before": before, "after": after}
-    on_training = replace(problem, workloads=training)
-    judged = {
-        side: evaluate_under(placement, held_out, EXECUTIONS, problem.links)
-        for side, placement in sides.items()
-    }
     executions: dict[str, dict[str, Figures]] = {
-        execution: {
-            side: _figures(placement, _under(problem, held_out, execution), judged[side][execution])
-            for side, placement in sides.items()
-        }
+        execution: {side: judged.executions[execution] for side, judged in sides.items()}
         for execution in EXECUTIONS
     }
     chosen = executions[problem.execution]
-    in_sample = {side: figures(placement, on_training) for side, placement in sides.items()}
+    in_sample = {side: judged.in_sample for side, judged in sides.items()}
+    dispatch = {side: judged.dispatch for side, judged in sides.items()}
     return PlacingReport(
         request=request(problem),
         traces={routing.name: fingerprint(routing) for routing in problem.workloads},
@@ -99,12 +129,12 @@ def judge(
         executions=executions,
         affinity=affinity(executions, problem.execution),
         layers=[
-            {"layer": name} | _layer(index, {side: judged[side]["home"] for side in sides})
+            {"layer": name} | {side: judged.layers[index] for side, judged in sides.items()}
             for index, name in enumerate(layer_names or range(problem.layers))
         ],
-        dispatch=_dispatched(problem, sides, held_out),
-        homes=_homes(after, homes, training, held_out) if homes else {},
-        moves=moves(problem, after),
+        dispatch={"rule": problem.dispatch, **dispatch} if after.dispatch else {},
+        homes=after.homes,
+        moves=moves(problem, after.placement),
         warnings=_warnings(problem, in_sample, chosen),
         assumptions=sorted({routing.assumption for routing in problem.workloads} - {""}),
     )
@@ -132,18 +162,6 @@ def _figures(placement: Placement, problem: PlacementProblem, evaluation: Evalua
         "objective": objective_of(placement, problem, evaluation),
         "workloads": {name: asdict(metrics) for name, metrics in evaluation.workloads.items()},
     }
-
-
-def _dispatched(
-    problem: PlacementProblem, sides: Mapping[str, Placement], held_out: Sequence[Routing]
-) -> Figures:
-    if problem.slots == problem.num_experts:
-        return {}
-    judged = {
-        side: asdict(judge_dispatch(placement, held_out, problem.dispatch, problem.seed))
-        for side, placement in sides.items()
-    }
-    return {"rule": problem.dispatch, **judged}
 
 
 def _homes(
@@ -251,10 +269,3 @@ def _warnings(
             " solved on"
         )
     return found
-
-
-def _layer(index: int, sides: Mapping[str, Evaluation]) -> Figures:
-    return {
-        side: {"imbalance": judged.layer_imbalance[index], "fan_out": judged.layer_fan_out[index]}
-        for side, judged in sides.items()
-    }

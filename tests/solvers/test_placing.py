@@ -16,7 +16,7 @@ from moecc.solvers.placement.dispatch import judge_dispatch
 from moecc.solvers.placement.homes import Unit
 from moecc.solvers.placement.placing import Placed, place
 from moecc.solvers.placement.recheck import recheck
-from moecc.solvers.placement.report import judge, worse
+from moecc.solvers.placement.report import judge, judge_one, worse
 from moecc.solvers.placement.sweep import sweep, swept_layers
 from moecc.solvers.routing import Routing, assumed_routing
 
@@ -101,7 +101,8 @@ def test_one_workload_leaves_none_out() -> None:
 
 def test_a_cap_that_does_not_hold_is_a_warning() -> None:
     asked = problem(made("a", 1), max_imbalance=1.0)
-    report = judge(asked, identity(asked), identity(asked))
+    judged = judge_one(asked, identity(asked))
+    report = judge(asked, judged, judged)
     assert any(
         text.startswith("max_imbalance 1 does not hold on held-out sequences") for text in report.warnings
     )
