@@ -88,7 +88,8 @@ def _improve(work: Work, team: Team) -> None:
     if problem.objective == "step" and reachable:
         team.run(work, search_step)
     prove(work)
-    if problem.objective == "load" and problem.linked:
+    searched = problem.objective == "step" or (problem.objective == "traffic" and reachable)
+    if problem.linked and not searched:
         team.run(work, label_devices)
     if problem.execution == "migrate" and problem.objective == "traffic":
         join_nodes(work)
