@@ -105,15 +105,18 @@ BRANCH_WEIGHTS = """!1 = !{!"branch_weights", i32 2000, i32 1}
 
 @dataclass
 class Module:
-    """What the functions of one kernel share."""
+    """What the functions of one kernel share; `avx512` says that its instructions may be named, `fuse` that a
+    product may be added without being rounded first."""
 
+    avx512: bool = False
+    fuse: bool = True
     declarations: set[str] = field(default_factory=set)
     globals: dict[str, str] = field(default_factory=dict)
     functions: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        return (
-            "\n".join([*self.globals.values(), *sorted(self.declarations), *self.functions.values()]) + "\n"
+        return "\n".join(
+            [*self.globals.values(), *sorted(self.declarations), *self.functions.values(), BRANCH_WEIGHTS]
         )
 
 
@@ -326,19 +329,19 @@ class Builder:
     def choose(
         self,
         condition: V,
-        then: Callable[[], Sequence[V]],
-        otherwise: Callable[[], Sequence[V]] = lambda: (),
+        then: Callable[[], Sequence[V] | None],
+        otherwise: Callable[[], Sequence[V] | None] = lambda: None,
         *,
         likely: bool | None = None,
     ) -> list[V]:
-        """The values of the branch taken; both return as many, of the same types."""
+        """The values of the branch taken; both return as many, of the same types, None for none."""
         yes, no, after = self.label(), self.label(), self.label()
         weights = "" if likely is None else f", !prof !{1 if likely else 2}"
         self.run(f"br {condition.typed}, label %{yes}, label %{no}{weights}")
         ends: list[tuple[str, list[V]]] = []
         for label, body in ((yes, then), (no, otherwise)):
             self.start(label)
-            values = list(body())
+            values = list(body() or ())
             ends.append((self.current, values))
             self.branch(after)
         self.start(after)

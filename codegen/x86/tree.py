@@ -33,6 +33,7 @@ class Block:
     arguments: list[Value]
     ops: list[Op]
     owner: Op
+    label: str = ""
 
     @property
     def terminator(self) -> Op:
@@ -50,6 +51,7 @@ class Op:
     regions: list[list[Block]]
     location: str
     block: Block | None = None
+    successors: tuple[str, ...] = ()
 
     @property
     def result(self) -> Value:
@@ -162,11 +164,9 @@ class _Parser:
         name = self.match(_STRING)[1:-1]
         self.need("(")
         operands = self._operands(")")
-        if self.eats("["):
-            self.text.index("]", self.at)
-            self.at = self.text.index("]", self.at) + 1
+        successors = self._successors()
         attributes = self._attributes("}>") if self.eats("<{") else {}
-        op = Op(name, operands, [], attributes, [], "")
+        op = Op(name, operands, [], attributes, [], "", successors=successors)
         if self.eats("("):
             while not self.eats(")"):
                 op.regions.append(self._region(op))
@@ -205,6 +205,15 @@ class _Parser:
             operands.append(self.values[name] if name in self.values else self.values[name + "#0"])
             self.eats(",")
         return operands
+
+    def _successors(self) -> tuple[str, ...]:
+        labels = []
+        if self.eats("["):
+            while not self.eats("]"):
+                self.need("^")
+                labels.append(self.match(_NAME))
+                self.eats(",")
+        return tuple(labels)
 
     def _attributes(self, close: str) -> dict[str, Attribute]:
         found: dict[str, Attribute] = {}
@@ -266,8 +275,7 @@ class _Parser:
         if not self.sees("^") and not self.sees("}"):
             blocks.append(self._ops(Block([], [], owner)))
         while self.eats("^"):
-            self.match(_NAME)
-            block = Block([], [], owner)
+            block = Block([], [], owner, self.match(_NAME))
             if self.eats("("):
                 while not self.eats(")"):
                     name = self.match(_VALUE)
