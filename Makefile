@@ -11,6 +11,7 @@ setup: .venv/ready  ## a virtual environment with pinned versions
 
 .venv/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
+	rm -rf *.egg-info    # one that is older than the entry points would hide them
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from moecc.codegen.x86.errors import UnsupportedError
+
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+"""Linux on x86-64: the system call, ARCH_REQ_XCOMP_PERM, and the feature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +71,34 @@ def supported_levels(flags: frozenset[str] | None = None) -> tuple[str, ...]:
     """The levels that a CPU of these flags (by default this one) can run, from the least to the most."""
     flags = cpu_flags() if flags is None else flags
     return tuple(name for name, level in LEVELS.items() if level.flags <= flags)
+
+
+@cache
+def amx_permitted() -> bool:
+    """Whether the kernel lets this process use tiles, which it has to be asked for once (arch_prctl).
+
+    Threads and child processes inherit the permission.
+    """
+    if "amx_tile" not in cpu_flags():
+        return False
+    system_call = ctypes.CDLL(None).syscall
+    return int(system_call(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)) == 0
+
+
+def choose_level(asked: str | None = None) -> str:
+    """The level asked for, by default the best of this CPU; UnsupportedError for one that it cannot run."""
+    here = [name for name in supported_levels() if not LEVELS[name].amx or amx_permitted()]
+    if asked is None and here:
+        return here[-1]
+    if asked in here:
+        return str(asked)
+    hint = f"this CPU runs {', '.join(here)}" if here else "this CPU has no AVX2"
+    raise UnsupportedError(f"level {asked or 'avx2'}{_why_not(asked)}", hint=hint)
+
+
+def _why_not(asked: str | None) -> str:
+    level = LEVELS.get(asked or "avx2")
+    if level is None:
+        return f" (known are {', '.join(LEVELS)})"
+    lacking = sorted(level.flags - cpu_flags())
+    return f" (no {', '.join(lacking)})" if lacking else " (the kernel does not permit tiles)"

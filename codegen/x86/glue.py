@@ -9,8 +9,14 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import triton.backends as triton_backends
 from triton._C import libtriton
 from triton._C.libtriton import ir, llvm, passes
+from triton.errors import TritonError
+from triton.runtime import driver
+from triton.runtime.build import compile_module_from_src
+
+from moecc.codegen.x86.errors import UnsupportedError
 
 TRIPLE = "x86_64-unknown-linux-gnu"
 
@@ -81,14 +87,15 @@ def optimise(text: str, entry: str, signature, cpu: str, features: str) -> str:
         linked = llvm.to_module(module, llvm.context())
         llvm.attach_datalayout(linked, TRIPLE, cpu, features)
         llvm.link_extern_libs(linked, [str(Path(folder) / "kernel.ll")])
-        llvm.optimize_module(linked, llvm.OPTIMIZE_O3, cpu, features, [], True)
+        llvm.optimize_module(linked, llvm.OPTIMIZE_O3, cpu, features, [], False)
         return str(linked)
 
 
 def machine_code(text: str, cpu: str, features: str, *, assembly: bool = False):
-    """The object file, or the assembly, of optimised LLVM IR."""
+    """The object file, or the assembly, of optimised LLVM IR. Products and sums are fused where both say `contract`,
+    not wherever they meet: that would break error-free sums."""
     init_llvm()
-    arguments = (text, TRIPLE, cpu, features, [], True, not assembly)
+    arguments = (text, TRIPLE, cpu, features, [], False, not assembly)
     try:
         return llvm.translate_to_asm(*arguments)
     except TypeError:
@@ -102,3 +109,43 @@ def link(code: bytes) -> bytes:
         source.write_bytes(code)
         subprocess.run(["cc", "-shared", "-nostdlib", "-o", target, source, "-lm"], check=True)
         return target.read_bytes()
+
+
+class UnsupportedKernelError(UnsupportedError, TritonError):
+    """A kernel that cannot be compiled, as users of Triton catch it."""
+
+
+def compile_module(source: str, name: str):
+    """A Python extension of C source, built once and kept in Triton's cache as its own are."""
+    return compile_module_from_src(src=source, name=name, libraries=["m", "pthread"])
+
+
+def swap_active_driver(new: object) -> object:
+    """Make new the driver of this process; returns the one before, None where none had been chosen yet."""
+    before = driver._active
+    driver.set_active(new)
+    return before
+
+
+def other_backend_active(name: str) -> bool:
+    """Whether a backend other than that of this name has a device here."""
+    return any(other.driver.is_active() for key, other in triton_backends.backends.items() if key != name)
+
+
+def descriptor_flags(descriptor) -> tuple[bool, ...]:
+    """What a tensor descriptor says beside its sizes and strides, in the order of the kernel's arguments."""
+    flags = (descriptor.padding == "nan",)
+    return (*flags, descriptor.round_f32_to_tf32) if hasattr(descriptor, "round_f32_to_tf32") else flags
+
+
+@cache
+def descriptor_flag_count() -> int:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return 1 + ("round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__)
+
+
+def parameter_count(module) -> int:
+    """Of the kernel, as compiled."""
+    kernel = module.get_function(module.get_entry_func_name())
+    return len(module.get_function_signature(kernel))
