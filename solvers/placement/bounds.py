@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from moecc.solvers.placement.balance import Floats, LayerLoads
-from moecc.solvers.placement.start import replicate
 
 
 def lower_bound(table: LayerLoads, slots_per_device: int) -> float:
@@ -14,18 +13,13 @@ def lower_bound(table: LayerLoads, slots_per_device: int) -> float:
     Every row's own bound holds under any placement, and the imbalance never falls when a row's rises. The bound of
     the rows' mixture holds too, as a maximum is convex (Jensen) and no rule is below the mean.
     """
-    even = table.near is None
-    rows = np.array([_row_bound(row, table.devices, slots_per_device, even) for row in table.loads])
-    mixture = _row_bound(table.shares @ table.loads, table.devices, slots_per_device, even)
-    return max(float(table.combine(rows)), mixture)
-
-
-def _row_bound(loads: Floats, devices: int, width: int, even: bool) -> float:
-    """loads: [experts], summing to the number of devices; even: replicas serve alike."""
-    spare = devices * width - len(loads)
-    if spare:
-        return max(1.0, _replicated(loads, devices, width, spare, even))
-    return max(1.0, _crowded(loads, devices, width))
+    rows = np.vstack([table.loads, table.shares @ table.loads])
+    if table.devices * slots_per_device > rows.shape[1]:
+        bounds = _replicated(rows, table.devices, slots_per_device, even=table.near is None)
+    else:
+        bounds = np.array([_crowded(row, table.devices, slots_per_device) for row in rows])
+    bounds = np.maximum(1.0, bounds)
+    return max(float(table.combine(bounds[:-1])), float(bounds[-1]))
 
 
 def _crowded(loads: Floats, devices: int, width: int) -> float:
@@ -40,10 +34,19 @@ def _crowded(loads: Floats, devices: int, width: int) -> float:
     )
 
 
-def _replicated(loads: Floats, devices: int, width: int, spare: int, even: bool) -> float:
-    """With replicas: the heaviest replica is least where each spare slot goes to the heaviest (an exchange argument);
-    its device holds width - 1 other experts, each cut into at most min(devices, spare + 1) parts. Where parts are not
-    alike some replica is at least as heavy as their mean, but the others may serve nothing."""
-    replicas = np.bincount(replicate(loads, devices * width, devices))
-    others = np.sort(loads)[: width - 1].sum() / min(devices, spare + 1) if even else 0.0
-    return float((loads / replicas).max() + others)
+def _replicated(loads: Floats, devices: int, width: int, *, even: bool) -> Floats:
+    """[rows] of loads [rows, experts], each summing to the number of devices; even: replicas serve alike.
+
+    The heaviest replica is least where each spare slot goes to the heaviest (an exchange argument); its device holds
+    width - 1 other experts, each cut into at most min(devices, spare + 1) parts. Where parts are not alike some
+    replica is at least as heavy as their mean, but the others may serve nothing.
+    """
+    spare, row = devices * width - loads.shape[1], np.arange(len(loads))
+    replicas, heaviest = np.ones(loads.shape), loads.copy()
+    for _ in range(spare):
+        at = heaviest.argmax(axis=1)
+        replicas[row, at] += 1
+        count = replicas[row, at]
+        heaviest[row, at] = np.where(count < devices, loads[row, at] / count, -1.0)
+    others = np.sort(loads, axis=1)[:, : width - 1].sum(axis=1) / min(devices, spare + 1) if even else 0.0
+    return np.asarray((loads / replicas).max(axis=1) + others)

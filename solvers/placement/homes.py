@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -73,24 +75,27 @@ def shuffle(
     )
 
 
-def aligned(placement: Placement, train: Sequence[Routing]) -> Placement:
+def aligned(placement: Placement, train: Sequence[Routing], deadline: float = math.inf) -> Placement:
     """The same placement with every layer's devices renamed so that tokens meet their experts on one device again.
 
     Under `home` names change no fan-out and no balance; nodes stay together. They decide what a chosen home is worth:
-    layers take names in turn, each by the devices that its tokens reach under the names of all others.
+    layers take names in turn, each by the devices that its tokens reach under the names of all others, until the
+    deadline, of time.monotonic.
     """
     size, per_node = placement.devices, placement.devices_per_node
     layers = range(placement.layers)
     ids = np.concatenate([routing.topk_ids for routing in train])
-    weight = np.concatenate([np.full(len(r.topk_ids), r.weight / len(r.topk_ids)) for r in train])
-    reach = np.stack([hosts(placement, i)[ids[:, i]].any(axis=1) for i in layers]).astype(np.float32)
+    weight = np.concatenate([np.full(len(r.topk_ids), r.weight / len(r.topk_ids), np.float32) for r in train])
+    reach = np.stack([hosts(placement, i)[ids[:, i]].any(axis=1) for i in layers])
     name = np.tile(np.arange(size), (placement.layers, 1))
     total = np.zeros(reach.shape[1:], np.float32)
     for turn in range(TURNS):
         for i in layers:
+            if time.monotonic() >= deadline:
+                break
             if turn:
                 total[:, name[i]] -= reach[i]
-            gains = (reach[i] * weight[:, None].astype(np.float32)).T @ total
+            gains = np.where(reach[i], weight[:, None], 0).T @ total
             scaled = np.rint(gains / max(float(gains.max()), 1e-30) * 2**24).astype(np.int64)
             name[i] = names_by_node(scaled, per_node)
             total[:, name[i]] += reach[i]

@@ -31,6 +31,8 @@ from moecc.solvers.placement.start import identity
 StageProgress = Callable[[str, int, int], None]
 UNSEEN_SHARE = 0.25
 """Of the time limit, for solving without each workload; what the main solve leaves is added to it."""
+RENAMING_SHARE = 0.15
+"""Of the time limit, for renaming devices where homes are chosen."""
 LEAST_SHARE = 0.25
 """Of the time limit, for solving, however long judging takes."""
 RESERVE = 0.2
@@ -79,14 +81,12 @@ def place(
     report_progress("judge", 0, 0)
     base = judge_one(problem, before, homes)
     spent = time.monotonic() - started
-    # The result is judged like identity, and renaming its devices takes about as long again.
-    left = max(
-        LEAST_SHARE * problem.time_limit_s, problem.time_limit_s - spent * (2 + RESERVE + (1 if homes else 0))
-    )
-    limit = left * (1 - UNSEEN_SHARE if others else 1)
+    left = max(LEAST_SHARE * problem.time_limit_s, problem.time_limit_s - spent * (2 + RESERVE))
+    limit = left * (1 - (UNSEEN_SHARE if others else 0) - (RENAMING_SHARE if homes else 0))
     solution = solve_unseen(replace(on_training, time_limit_s=limit), partial(report_progress, "solve"))
     if homes:
-        solution = _renamed(solution, on_training)
+        deadline = time.monotonic() + left * RENAMING_SHARE
+        solution = _renamed(solution, on_training, deadline)
     report_progress("judge", 0, 0)
     found, cut = _again_if_interrupted(partial(judge_one, problem, solution.placement, homes))
     report = judge(problem, base, found, layer_names=layer_names)
@@ -166,11 +166,11 @@ def _check_homes(problem: PlacementProblem, homes: Unit | None) -> None:
             )
 
 
-def _renamed(solution: Solution, problem: PlacementProblem) -> Solution:
+def _renamed(solution: Solution, problem: PlacementProblem, deadline: float) -> Solution:
     """Devices renamed for chosen homes, if every figure that the certificate rests on stays what it was."""
     if problem.in_force is not None or problem.links is not None or problem.objective == "step":
         return solution
-    named = aligned(solution.placement, problem.workloads)
+    named = aligned(solution.placement, problem.workloads, deadline)
     old, new = (figures(placement, problem)["objective"] for placement in (solution.placement, named))
     return replace(solution, placement=named) if abs(old - new) <= 1e-12 * abs(old) else solution
 

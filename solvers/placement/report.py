@@ -82,13 +82,18 @@ def judge_one(problem: PlacementProblem, placement: Placement, homes: Unit | Non
     """
     training, held_out = halves(problem)
     judged = evaluate_under(placement, held_out, EXECUTIONS, problem.links)
-    home = judged["home"]
+    home, under = (
+        judged["home"],
+        {execution: _under(problem, held_out, execution) for execution in EXECUTIONS},
+    )
+    imbalance = imbalance_of(placement, under["migrate"])
+    home_imbalance = imbalance_of(placement, under["home"]) if under["home"].near else imbalance
     replicas = problem.slots > problem.num_experts
     return Judged(
         placement=placement,
         executions={
-            execution: _figures(placement, _under(problem, held_out, execution), evaluation)
-            for execution, evaluation in judged.items()
+            "home": _figures(placement, under["home"], judged["home"], home_imbalance),
+            "migrate": _figures(placement, under["migrate"], judged["migrate"], imbalance),
         },
         in_sample=figures(placement, replace(problem, workloads=training)),
         dispatch=asdict(judge_dispatch(placement, held_out, problem.dispatch, problem.seed))
@@ -148,18 +153,20 @@ def halves(problem: PlacementProblem) -> tuple[tuple[Routing, ...], tuple[Routin
 
 def figures(placement: Placement, problem: PlacementProblem) -> Figures:
     """The figures of one placement on all of problem.workloads."""
-    return _figures(
-        placement, problem, evaluate_all(placement, problem.workloads, problem.execution, problem.links)
-    )
+    evaluation = evaluate_all(placement, problem.workloads, problem.execution, problem.links)
+    return _figures(placement, problem, evaluation, imbalance_of(placement, problem))
 
 
-def _figures(placement: Placement, problem: PlacementProblem, evaluation: Evaluation) -> Figures:
-    imbalance = imbalance_of(placement, problem)
+def _figures(
+    placement: Placement, problem: PlacementProblem, evaluation: Evaluation, imbalance: float
+) -> Figures:
+    """imbalance: of the placement, by the problem's balance."""
+    balanced = problem.objective == "load"
     return {
         **asdict(evaluation.mean),
         "pooled_imbalance": evaluation.pooled_imbalance,
         "balance_imbalance": imbalance,
-        "objective": objective_of(placement, problem, evaluation),
+        "objective": imbalance if balanced else objective_of(placement, problem, evaluation),
         "workloads": {name: asdict(metrics) for name, metrics in evaluation.workloads.items()},
     }
 
