@@ -1,0 +1,212 @@
+"""Operands of AMX tile products: packed into tiles of 16 rows of 64 bytes, or located in their own memory.
+
+A tile of P holds 16 rows with k contiguous; a tile of Q 16 rows of dwords, each of 2 (bf16) or 4 (int8) neighbouring k
+of one column. Either is the transposition, by dwords, of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moecc.codegen.x86.builder import Builder, Index, V, constant, constants, vector
+from moecc.codegen.x86.dot_shape import Over, call, define
+from moecc.codegen.x86.pack import bfloat_bits, element_bytes, row_pointers, transpose
+
+TILE = 16
+"""Rows of a tile, and its columns of 4 bytes."""
+ROW_BYTES = 64
+TILE_BYTES = TILE * ROW_BYTES
+GROUP_BYTES = 16
+"""A group of 16 rows in the table of `tabulate`: the first row's address, the distance of rows in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operand:
+    """`count` rows or columns of k elements. Tiles run [group of 16, step of k]."""
+
+    count: int
+    k: int
+    element: str
+    over: Over
+
+    @property
+    def lane(self) -> str:
+        """As tiles hold it; i16 is the bits of a bfloat."""
+        return "i8" if self.element == "i8" else "i16"
+
+    @property
+    def per_dword(self) -> int:
+        return 4 if self.lane == "i8" else 2
+
+    @property
+    def depth(self) -> int:
+        """k of one tile."""
+        return TILE * self.per_dword
+
+    @property
+    def groups(self) -> int:
+        return -(-self.count // TILE)
+
+    @property
+    def k_tiles(self) -> int:
+        return -(-self.k // self.depth)
+
+    @property
+    def tiles(self) -> int:
+        return self.groups * self.k_tiles
+
+    @property
+    def whole(self) -> bool:
+        """Whether 64 bytes of a row with k contiguous are a row of a tile as they are."""
+        return self.element in ("bf16", "i8") and self.k >= self.depth
+
+    @property
+    def name(self) -> str:
+        return f"{self.count}x{self.k}.{self.element}.{self.over}"
+
+
+def pack_tiles(b: Builder, operand: Operand, pointers: V, packed: V, *, transposed: bool) -> None:
+    """Write all tiles: as the operand's rows run, or transposed by dwords."""
+    source, target = V("%pointers", "ptr"), V("%packed", "ptr")
+    name = f"amx.pack.{operand.name}.{transposed}"
+    define(b.module, name, [source, target], lambda c: _pack_tiles(c, operand, source, target, transposed))
+    call(b, name, pointers, packed)
+
+
+def _pack_tiles(b: Builder, operand: Operand, pointers: V, packed: V, transposed: bool) -> None:
+    stage = b.allocate("i8", TILE_BYTES) if transposed else packed
+    staged = _lines(b, stage, ROW_BYTES)
+
+    def tile(rows: list[V], group: Index, step: Index) -> None:
+        place = b.add(b.multiply(group, operand.k_tiles), step)
+        target = _lines(b, b.address(packed, b.multiply(place, TILE_BYTES), "i8"), ROW_BYTES)
+        if not transposed:
+            _fill(b, operand, rows, group, step, target)
+            return
+        sources = staged
+        if operand.over == "outer" and operand.whole:
+            sources = [b.address(row, b.multiply(step, ROW_BYTES), "i8") for row in rows]
+        else:
+            _fill(b, operand, rows, group, step, staged)
+        for line, column in zip(target, transpose(b, sources, "i32"), strict=True):
+            b.store(column, line, align=ROW_BYTES)
+
+    _each_tile(b, operand, pointers, tile)
+
+
+def _each_tile(
+    b: Builder, operand: Operand, pointers: V, tile: Callable[[list[V], Index, Index], None]
+) -> None:
+    """tile(rows that it reads, group, step of k); the operand's rows are walked along."""
+
+    def of_group(group: Index) -> None:
+        rows = row_pointers(b, pointers, b.multiply(group, TILE), operand.count, TILE)
+        b.repeat(operand.k_tiles, 1, lambda step: tile(rows, group, step))
+
+    def of_step(step: Index) -> None:
+        rows = row_pointers(b, pointers, b.multiply(step, operand.depth), operand.k, operand.depth)
+        b.repeat(operand.groups, 1, lambda group: tile(rows, group, step))
+
+    if operand.over == "outer":
+        b.repeat(operand.groups, 1, of_group)
+    else:
+        b.repeat(operand.k_tiles, 1, of_step)
+
+
+def _lines(b: Builder, first: V, stride: int) -> list[V]:
+    return [b.address(first, line * stride, "i8") for line in range(TILE)]
+
+
+def _fill(
+    b: Builder, operand: Operand, rows: list[V], group: Index, step: Index, target: Sequence[V]
+) -> None:
+    """The 16 lines of a tile as the operand's rows run; zero past the end of k."""
+    if operand.over == "outer":
+        lines = [_row_line(b, operand, row, step) for row in rows]
+    else:
+        lines = [_interleaved_line(b, operand, rows, group, line) for line in range(TILE)]
+    for place, line in zip(target, lines, strict=True):
+        b.store(line, place, align=1)
+
+
+def _row_line(b: Builder, operand: Operand, row: V, step: Index) -> V:
+    lanes = min(operand.k, operand.depth)
+    line = _bits(b, operand, b.address(row, _offset(b, operand, step, operand.depth), "i8"), lanes)
+    return line if lanes == operand.depth else _pad(b, line, operand.depth)
+
+
+def _interleaved_line(b: Builder, operand: Operand, rows: list[V], group: Index, line: int) -> V:
+    """Dwords of the line's neighbouring k, one for each of 16 columns; undefined past the last column."""
+    lanes, bits = min(operand.count, TILE), 32 // operand.per_dword
+    total = constant(0, "i32", lanes)
+    for part in range(operand.per_dword):
+        k = line * operand.per_dword + part
+        if k >= operand.k:
+            break
+        place = b.address(rows[k], _offset(b, operand, group, TILE), "i8")
+        dwords = b.cast("zext", _bits(b, operand, place, lanes), "i32")
+        total = b.op("or", total, b.op("shl", dwords, constant(part * bits, "i32", lanes)))
+    return total if lanes == TILE else _pad(b, total, TILE)
+
+
+def _offset(b: Builder, operand: Operand, index: Index, elements: int) -> Index:
+    return b.multiply(index, elements * element_bytes(operand.element))
+
+
+def _bits(b: Builder, operand: Operand, place: V, lanes: int) -> V:
+    if operand.lane == "i8":
+        return b.load(vector(lanes, "i8"), place)
+    return bfloat_bits(b, place, lanes, operand.element)
+
+
+def _pad(b: Builder, line: V, lanes: int) -> V:
+    zero = constant(0, line.lane_type, line.lanes)
+    return b.shuffle(line, zero, [min(lane, line.lanes) for lane in range(lanes)])
+
+
+def tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
+    """For each group of 16 whole rows its first address and the distance of rows; uneven groups are copied first.
+
+    The copies lie behind the table.
+    """
+    parameters = [V("%pointers", "ptr"), V("%packed", "ptr")]
+    name = f"amx.tabulate.{operand.name}"
+    define(b.module, name, parameters, lambda c: _tabulate(c, operand, *parameters))
+    call(b, name, pointers, packed)
+
+
+def table_bytes(operand: Operand) -> int:
+    return -(-operand.groups * GROUP_BYTES // ROW_BYTES) * ROW_BYTES
+
+
+def _tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
+    copy_stride = operand.k_tiles * ROW_BYTES
+
+    def of_group(group: Index) -> None:
+        first = b.address(pointers, b.multiply(group, TILE), "ptr")
+        addresses = b.load(vector(TILE, "i64"), first)
+        start = b.extract(addresses, 0)
+        stride = b.op("sub", b.extract(addresses, 1), start)
+        steps = b.op("mul", b.splat(stride, TILE), constants(range(TILE), "i64"))
+        expected = b.op("add", b.splat(start, TILE), steps)
+        uneven = b.compare("icmp ne", addresses, expected)
+        any_uneven = b.intrinsic("llvm.vector.reduce.or", "i1", uneven)
+
+        def copy() -> list[V]:
+            place = table_bytes(operand)
+            copies = b.address(packed, b.add(b.multiply(group, TILE * copy_stride), place), "i8")
+            rows = row_pointers(b, first, V("0", "i64"), operand.count, TILE)
+            b.repeat(operand.k_tiles, 1, lambda step: copy_step(rows, copies, step))
+            return [b.cast("ptrtoint", copies, "i64"), constant(copy_stride, "i64")]
+
+        def copy_step(rows: list[V], copies: V, step: Index) -> None:
+            target = b.address(copies, b.multiply(step, ROW_BYTES), "i8")
+            _fill(b, operand, rows, group, step, _lines(b, target, copy_stride))
+
+        base, distance = b.choose(any_uneven, copy, lambda: [start, stride], likely=False)
+        entry = b.address(packed, b.multiply(group, GROUP_BYTES), "i8")
+        b.store(base, entry)
+        b.store(distance, b.address(entry, 8, "i8"))
+
+    b.repeat(operand.groups, 1, of_group)
