@@ -18,14 +18,19 @@ HALVINGS = 5
 
 
 def search_home(work: Work) -> None:
-    """Tabu search on every layer: from experts gathered by co-occurrence, from where it stands, from a shaken best.
+    """Tabu search on every layer: from experts gathered by co-occurrence, from where it stands, from a shaken best;
+    with spare slots, in place of the last, rounds that change which experts have replicas.
 
-    Which experts share a device is searched as if all links were alike; where they differ, devices are then named and
-    experts swapped by what the links cost. Without a cap what costs the links nothing is spent on balance at last.
+    Where links differ only the first of these counts devices; then devices are named and experts swapped by what the
+    links cost. Without a cap what costs the links nothing is spent on balance at last.
     """
+    problem = work.problem
+    spare = problem.slots > problem.num_experts
+    rounds = 1 if problem.linked else ROUNDS - spare
     # With every expert on a device of its own there is no fan-out to gain.
-    gathering = ROUNDS * len(work.layers) if work.problem.slots_per_device > 1 else 0
-    later = [follow_links] * work.problem.linked + [even_out] * (work.problem.max_imbalance is None)
+    gathering = rounds * len(work.layers) if problem.slots_per_device > 1 else 0
+    later = [follow_links] * ROUNDS if problem.linked else [search_replicas] * spare
+    later += [even_out] if problem.max_imbalance is None else []
     total = gathering + len(work.layers) * len(later)
     costs = [(np.inf, np.inf)] * len(work.layers)
     balanced = [layer.device_of for layer in work.layers]
@@ -34,11 +39,11 @@ def search_home(work: Work) -> None:
         if work.clock.passed(np.inf):
             return
         layer = work.layers[index]
-        rows = home_rows(work.problem, index, layer.experts)
+        rows = home_rows(problem, index, layer.experts)
         rng = work.rng(index, 1 + round_)
         begin = balanced[index]
         if round_ == 0:
-            begin = gathered_start(rows.ids, rows.weight, layer.experts, work.problem.devices)
+            begin = gathered_start(rows.ids, rows.weight, layer.experts, problem.devices)
         elif round_ == 2:
             begin = shaken(layer, rng)
         found = reduce_traffic(
@@ -46,7 +51,7 @@ def search_home(work: Work) -> None:
             layer.table,
             begin,
             cap=float(work.caps[index]),
-            budget=5 * work.problem.slots,
+            budget=5 * problem.slots,
             rng=rng,
             clock=work.clock,
             until=work.clock.slice(total - step),
@@ -57,8 +62,8 @@ def search_home(work: Work) -> None:
     for step in range(gathering, total):
         if work.clock.passed(np.inf):
             return
-        round_, index = divmod(step - gathering, len(work.layers))
-        later[round_](work, index, work.clock.slice(total - step))
+        turn, index = divmod(step - gathering, len(work.layers))
+        later[turn](work, index, turn, work.clock.slice(total - step))
         work.tick(step + 1, total)
 
 
@@ -80,10 +85,13 @@ def shaken(layer: LayerState, rng: np.random.Generator) -> Ints:
     return device_of
 
 
-def follow_links(work: Work, index: int, until: float) -> None:
-    """Name the layer's devices by what their links cost, then swap experts by the same cost, from there."""
-    problem, layer = work.problem, work.layers[index]
-    label_layer(work, index, until)
+def follow_links(work: Work, index: int, turn: int, until: float) -> None:
+    """First name the layer's devices by what their links cost; then swap experts by the same cost, from there or, in
+    later turns, from the layer shaken."""
+    problem, layer, rng = work.problem, work.layers[index], work.rng(index, 60 + turn)
+    if turn == 0:
+        label_layer(work, index, until)
+    begin = shaken(layer, rng) if turn else layer.device_of
     rows = link_rows(problem, index, layer.experts)
     if rows.ids.size * (problem.devices + 1) > MOST_CELLS:
         note = "too large to swap experts by what links cost: devices were only named by it"
@@ -92,10 +100,10 @@ def follow_links(work: Work, index: int, until: float) -> None:
     found = reduce_traffic(
         rows,
         layer.table,
-        layer.device_of,
+        begin,
         cap=float(work.caps[index]),
         budget=5 * problem.slots,
-        rng=work.rng(index, 97),
+        rng=rng,
         clock=work.clock,
         until=until,
     )
@@ -103,7 +111,7 @@ def follow_links(work: Work, index: int, until: float) -> None:
         layer.device_of = found.device_of
 
 
-def even_out(work: Work, index: int, until: float) -> None:
+def even_out(work: Work, index: int, turn: int, until: float) -> None:
     """Lower the layer's imbalance as far as its traffic stays what it is: bisection on a cap."""
     problem, layer = work.problem, work.layers[index]
     rows = traffic_rows(problem, index, layer.experts)
@@ -111,7 +119,7 @@ def even_out(work: Work, index: int, until: float) -> None:
         return
     low, high = lower_bound(layer.table, problem.slots_per_device), layer.imbalance
     cap, most = low, rows.cost(layer.device_of) + TOLERANCE
-    for turn in range(HALVINGS):
+    for halving in range(HALVINGS):
         if high <= low + TOLERANCE or work.clock.passed(until):
             return
         found = reduce_traffic(
@@ -120,7 +128,7 @@ def even_out(work: Work, index: int, until: float) -> None:
             layer.device_of,
             cap=cap,
             budget=2 * problem.slots,
-            rng=work.rng(index, 90 + turn),
+            rng=work.rng(index, 90 + turn, halving),
             clock=work.clock,
             until=until,
         )
