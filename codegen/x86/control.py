@@ -79,55 +79,64 @@ def _begin_carrying(frame: Frame, argument: Value, initial: Value, following: Va
 
 
 def _overwrite(frame: Frame, changes: Sequence[tuple[Value, Value]]) -> None:
-    """The tiles that a round carries on, all from their old values."""
-    pairs = [(frame.tiles[argument], following) for argument, following in changes]
-    work = [(tile, following) for tile, following in pairs if isinstance(tile, Stored)]
-    work = [(tile, following) for tile, following in work if frame.tiles[following] != tile]
+    """The tiles that a round carries on, all from their old values.
+
+    Tiles of one shape whose elements depend on the old ones at their own place only are written in one go; the
+    others are first written elsewhere.
+    """
+    work = []
+    for argument, following in changes:
+        tile = frame.tiles[argument]
+        if isinstance(tile, Stored) and frame.tiles[following] != tile:
+            work.append((tile, following))
     buffers = {tile.buffer for tile, _ in work}
-    together = all(_keeps_places(frame, following, buffers) for _, following in work)
-    if together and len({tile.type.dims for tile, _ in work}) == 1:
-
-        def body(window: Window) -> None:
-            items = [evaluate_vector(frame, following, window) for _, following in work]
-            for (tile, _), item in zip(work, items, strict=True):
-                store_window(frame, tile, window, item)
-
-        windows(frame, work[0][0].type.dims, body)
-        return
-    copies = [(tile, frame.new_tile(tile.type), following) for tile, following in work]
+    groups: dict[tuple[int, ...], list[tuple[Stored, Value]]] = {}
+    copies = []
+    for tile, following in work:
+        others = buffers - {other.buffer for other, _ in work if other.type.dims == tile.type.dims}
+        if _touches(frame, [following], others) or not _keeps_places(frame, following, buffers):
+            copies.append((tile, frame.new_tile(tile.type), following))
+        else:
+            groups.setdefault(tile.type.dims, []).append((tile, following))
     for _, copy, following in copies:
         write_tile(frame, following, copy)
+    for group in groups.values():
+        _write_together(frame, group)
     for tile, copy, _ in copies:
         _copy(frame, copy, tile)
+
+
+def _write_together(frame: Frame, group: Sequence[tuple[Stored, Value]]) -> None:
+    def body(window: Window) -> None:
+        items = [evaluate_vector(frame, following, window) for _, following in group]
+        for (tile, _), item in zip(group, items, strict=True):
+            store_window(frame, tile, window, item)
+
+    windows(frame, group[0][0].type.dims, body)
 
 
 def _keeps_places(frame: Frame, value: Value, buffers: set[V]) -> bool:
     """Each element depends on the elements of these buffers at its own place only."""
     todo, seen = [value], {value}
     while todo:
-        here = todo.pop()
-        if not here.type.is_tensor:
+        tile = frame.tiles.get(todo.pop())
+        if not isinstance(tile, Inline):
             continue
-        tile = frame.tiles[here]
-        if isinstance(tile, Inline):
-            op = tile.op
-            if op.name.partition(".")[0] not in ("arith", "math", "tt") or (
-                op.name.startswith("tt.") and _touches(frame, op, buffers)
-            ):
+        if tile.op.name.partition(".")[0] not in ("arith", "math"):
+            if _touches(frame, tile.op.operands, buffers):
                 return False
-            if not op.name.startswith("tt."):
-                fresh = [operand for operand in op.operands if operand not in seen]
-                seen.update(fresh)
-                todo += fresh
+            continue
+        fresh = [operand for operand in tile.op.operands if operand not in seen]
+        seen.update(fresh)
+        todo += fresh
     return True
 
 
-def _touches(frame: Frame, op: Op, buffers: set[V]) -> bool:
-    """Some operand, however far below, is in one of the buffers."""
-    todo, seen = list(op.operands), set(op.operands)
+def _touches(frame: Frame, values: Sequence[Value], buffers: set[V]) -> bool:
+    """Some value is evaluated from one of the buffers."""
+    todo, seen = list(values), set(values)
     while todo:
-        here = todo.pop()
-        tile = frame.tiles.get(here)
+        tile = frame.tiles.get(todo.pop())
         if isinstance(tile, Stored) and tile.buffer in buffers:
             return True
         below = list(tile.op.operands) if isinstance(tile, Inline) else []

@@ -7,7 +7,7 @@ from moecc.codegen.x86.dot import plan_dot
 from moecc.codegen.x86.dot_shape import DotPlan, DotShape, Over, Rows
 from moecc.codegen.x86.errors import UnsupportedError
 from moecc.codegen.x86.evaluate import evaluate, evaluate_vector, stored, windows
-from moecc.codegen.x86.lanes import Ramp, Window
+from moecc.codegen.x86.lanes import Ramp, Uniform, Window
 from moecc.codegen.x86.steps import constant_of, splat_text, step
 from moecc.codegen.x86.tiles import Accumulating, Frame, Inline, Rule, Stored, Tile
 from moecc.codegen.x86.tree import Op, Value
@@ -234,7 +234,7 @@ def _rows_of_load(
         _lower_flag(frame, whole, all_true(frame, load.operands[1]))
     with frame.scope():
         probe = evaluate(frame, address, _window(rank, batch, along, 0, min(rows.length, frame.level.lanes)))
-        may_wrap = isinstance(probe, Ramp) and bool(probe.guards)
+        may_wrap = not (isinstance(probe, Uniform) or (isinstance(probe, Ramp) and not probe.guards))
 
     def some(first: Index) -> None:
         with frame.scope():

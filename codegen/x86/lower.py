@@ -8,6 +8,7 @@ from moecc.codegen.x86 import calls, collective, control, dots, function, memory
 from moecc.codegen.x86.builder import Builder, Module, V
 from moecc.codegen.x86.calls import lower_function
 from moecc.codegen.x86.elementwise import ELEMENTWISE
+from moecc.codegen.x86.exchange import rewrite_exchanges
 from moecc.codegen.x86.features import Level
 from moecc.codegen.x86.plan import make_plan
 from moecc.codegen.x86.tiles import Arena, Frame, InlineRule, Rule
@@ -49,6 +50,7 @@ def lower_kernel(text: str, level: Level) -> Lowered:
     (kernel,) = (op for op in functions.values() if op.attributes.get("sym_visibility") == "public")
     module, arena = Module(avx512=level.vector_bytes == 64), Arena()
     for op in functions.values():
+        rewrite_exchanges(op, level.lanes)
         plan = make_plan(op, INLINE, COSTLY)
         own_arena = arena if op is kernel else None
         lower_function(Frame(Builder(module), level, plan, INLINE, RULES, own_arena), op)
@@ -59,7 +61,7 @@ def lower_kernel(text: str, level: Level) -> Lowered:
         f'"prefer-vector-width"="{8 * level.vector_bytes}" "min-legal-vector-width"="{8 * level.vector_bytes}" '
         '"no-trapping-math"="true" }\n'
     )
-    return Lowered(name, module.text() + attributes, arena.bytes, any(map(_spins, kernel.walk())))
+    return Lowered(name, module.text() + attributes, arena.bytes, any(map(_spins, module_op.walk())))
 
 
 def _spins(op: Op) -> bool:

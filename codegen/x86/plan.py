@@ -31,6 +31,8 @@ FREE = frozenset(
 )
 HEAVY_FLOATS, HEAVY_INTEGERS = 8, 24
 """Ops under a value from which on it is stored rather than evaluated twice; integers are mostly scalars and ramps."""
+DEEPEST = 64
+"""Ops in a row that are evaluated inline: every one is a call inside the last one's."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class _Planner:
     stored: set[Value] = field(default_factory=set)
     sites: dict[Value, set[Op]] = field(default_factory=dict)
     weights: dict[Value, int] = field(default_factory=dict)
+    depths: dict[Value, int] = field(default_factory=dict)
     replicated: set[Value] = field(default_factory=set)
     """Values of which some inline user evaluates an element more than once."""
 
@@ -149,14 +152,16 @@ class _Planner:
         """After all that is costly was decided: ops that one evaluation of the value takes."""
         op = value.op
         if op is None or value in self.stored or not value.type.is_tensor:
-            self.weights[value] = 0
+            self.weights[value] = self.depths[value] = 0
             return
         below = sum(self.weights.get(operand, 0) for operand in op.operands)
         self.weights[value] = min(below + (op.name not in FREE), 1000)
+        self.depths[value] = 1 + max((self.depths.get(operand, 0) for operand in op.operands), default=0)
         limit = HEAVY_FLOATS if value.type.is_float else HEAVY_INTEGERS
-        if value.type.element != "ptr" and self.weights[value] > limit and self._often(value, op):
+        heavy = value.type.element != "ptr" and self.weights[value] > limit and self._often(value, op)
+        if heavy or self.depths[value] > DEEPEST:
             self.stored.add(value)
-            self.weights[value] = 0
+            self.weights[value] = self.depths[value] = 0
 
     def _often(self, value: Value, op: Op) -> bool:
         sites = self.sites[value]
