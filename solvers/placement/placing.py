@@ -23,6 +23,7 @@ from moecc.solvers.placement.report import (
     halves,
     judge,
     judge_one,
+    traffic_figure,
     worse,
 )
 from moecc.solvers.placement.solve import solve
@@ -129,7 +130,7 @@ def _unseen(
             solution = solve(task, partial(progress, f"without {routing.name}"))
             judged = evaluate(solution.placement, routing, problem.execution, problem.links)
             row = {"before": before[routing.name], "after": asdict(judged)}
-            what = worse(row["before"], row["after"], problem.execution)
+            what = worse(row["before"], row["after"], traffic_figure(problem))
             seconds = solution.certificate.wall_s
             rows.append({"workload": routing.name, **row, "worse": what, "wall_s": seconds})
             if solution.certificate.interrupted:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moecc.solvers.placement.cautions import cautions
 from moecc.solvers.placement.check import Evaluation, evaluate_all, evaluate_under, objective_of
 from moecc.solvers.placement.check_balance import imbalance_of
 from moecc.solvers.placement.dispatch import judge_dispatch
@@ -23,7 +24,12 @@ EXECUTIONS: tuple[Execution, ...] = ("home", "migrate")
 COSTS = {"home": "fan_out", "migrate": "hops"}
 NOISE = 0.01
 """A workload that was solved for is called worse from here on: halves of a trace differ by about as much."""
-NOUNS = {"fan_out": "devices per token", "hops": "hops per token", "imbalance": "imbalance"}
+NOUNS = {
+    "fan_out": "devices per token",
+    "link_cost": "cost of the links",
+    "hops": "hops per token",
+    "imbalance": "imbalance",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +146,7 @@ def judge(
         dispatch={"rule": problem.dispatch, **dispatch} if after.dispatch else {},
         homes=after.homes,
         moves=moves(problem, after.placement),
-        warnings=_warnings(problem, in_sample, chosen),
+        warnings=_warnings(problem, in_sample, chosen) + cautions(problem, in_sample),
         assumptions=sorted({routing.assumption for routing in problem.workloads} - {""}),
     )
 
@@ -249,13 +255,19 @@ def affinity(executions: Mapping[str, Mapping[str, Figures]], chosen: Execution)
     }
 
 
+def traffic_figure(problem: PlacementProblem) -> str:
+    """The figure that `traffic` minimises, one of NOUNS."""
+    return "link_cost" if problem.linked else COSTS[problem.execution]
+
+
 def worse(
-    before: Mapping[str, float], after: Mapping[str, float], execution: Execution, *, slack: float = 1e-9
+    before: Mapping[str, float], after: Mapping[str, float], traffic: str, *, slack: float = 1e-9
 ) -> str:
-    """Empty, or in which figures `after` is worse than identity by more than the share `slack`, with both values."""
+    """Empty, or whether `after` is worse than identity in traffic (a figure of NOUNS) or imbalance by more than the
+    share `slack`, with both values."""
     found = [
         f"{NOUNS[key]} {after[key]:.3f} against {before[key]:.3f}"
-        for key in (COSTS[execution], "imbalance")
+        for key in (traffic, "imbalance")
         if after[key] > before[key] * (1 + slack)
     ]
     return " and ".join(found)
@@ -266,7 +278,7 @@ def _warnings(
 ) -> list[str]:
     found = []
     for name, after in held_out["after"]["workloads"].items():
-        if what := worse(held_out["before"]["workloads"][name], after, problem.execution, slack=NOISE):
+        if what := worse(held_out["before"]["workloads"][name], after, traffic_figure(problem), slack=NOISE):
             found.append(f"worse than identity on held-out sequences of {name!r}: {what}")
     cap, reached = problem.max_imbalance, held_out["after"]["balance_imbalance"]
     if cap is not None and reached > cap + 1e-9:

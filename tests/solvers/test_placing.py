@@ -12,6 +12,7 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.solvers.placement import Placement, PlacementProblem, evaluate, identity
+from moecc.solvers.placement.cautions import cautions
 from moecc.solvers.placement.dispatch import judge_dispatch
 from moecc.solvers.placement.homes import Unit
 from moecc.solvers.placement.placing import Placed, place
@@ -91,7 +92,7 @@ def test_a_workload_that_contradicts_the_others_is_warned_of() -> None:
     assert row["before"]["fan_out"] == 1
     assert row["after"]["fan_out"] == 2
     assert any(
-        "solved without 'b', worse than identity on it: devices per token 2.000" in w for w in report.warnings
+        "solved without 'b', worse than identity on it: cost of the links" in w for w in report.warnings
     )
 
 
@@ -113,12 +114,34 @@ def test_worse_names_the_figures_with_both_values() -> None:
         {"imbalance": 1.1, "fan_out": 2.0, "hops": 0.5},
         {"imbalance": 1.2, "fan_out": 1.5, "hops": 0.6},
     )
-    assert worse(before, after, "home") == "imbalance 1.200 against 1.100"
+    assert worse(before, after, "fan_out") == "imbalance 1.200 against 1.100"
     assert (
-        worse(before, after, "migrate")
-        == "hops per token 0.600 against 0.500 and imbalance 1.200 against 1.100"
+        worse(before, after, "hops") == "hops per token 0.600 against 0.500 and imbalance 1.200 against 1.100"
     )
-    assert worse(before, before, "home") == ""
+    assert worse(before, before, "fan_out") == ""
+
+
+def test_traffic_alone_that_unbalances_is_a_warning() -> None:
+    report = place(problem(made("a", 1), objective="traffic", max_imbalance=None)).report
+    sides = [report.in_sample[side]["balance_imbalance"] for side in ("before", "after")]
+    warned = any("is above identity's" in text for text in report.warnings)
+    assert warned == (sides[1] > sides[0] + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"dispatch": "lp"}, True),
+        ({"dispatch": "random"}, False),
+        ({"dispatch": "nearest"}, False),
+        ({"dispatch": "nearest", "execution": "migrate"}, True),
+        ({"dispatch": "lp", "slots_per_device": 2}, False),
+    ],
+)
+def test_a_rule_that_the_search_does_not_count_is_a_warning(options, warned) -> None:
+    asked = problem(made("a", 1), **({"slots_per_device": 3} | options))
+    found = cautions(asked, {side: {"balance_imbalance": 1.0} for side in ("before", "after")})
+    assert any("is judged, not searched" in text for text in found) == warned
 
 
 TRACES = (made("other name", 1), made("b", 2))
