@@ -9,6 +9,7 @@ from moecc.solvers.placement.bounds import lower_bound
 from moecc.solvers.placement.labels import MOST_CELLS, label_layer
 from moecc.solvers.placement.layers import LayerState, Work
 from moecc.solvers.placement.link_rows import link_rows, traffic_rows
+from moecc.solvers.placement.replicas import search_replicas
 from moecc.solvers.placement.search import TOLERANCE, Found, reduce_traffic, same_device
 from moecc.solvers.placement.start import gathered_start
 from moecc.solvers.placement.traffic import home_rows

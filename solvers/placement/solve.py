@@ -18,6 +18,7 @@ from moecc.solvers.placement.home import home_cost, search_home
 from moecc.solvers.placement.labels import label_devices
 from moecc.solvers.placement.layers import Work, balance, begin, spread_cap, start_from
 from moecc.solvers.placement.migrate import join_nodes, search_migrate, summed_hops
+from moecc.solvers.placement.pairs import share_out
 from moecc.solvers.placement.parallel import Team
 from moecc.solvers.placement.placement import INTERRUPTED, Certificate, Placement, Solution, Status
 from moecc.solvers.placement.prices import least_link_cost
@@ -103,6 +104,7 @@ def _balance(work: Work, team: Team) -> bool:
         if any(layer.imbalance > cap for layer in work.layers):
             team.run(work, partial(balance, stop_at=1.0))
     elif problem.objective == "load":
+        team.run(work, partial(share_out, stop_at=1.0))
         team.run(work, partial(balance, stop_at=1.0))
     return cap is None or spread_cap(work, cap)
 
