@@ -90,7 +90,8 @@ class X86Backend(BaseBackend):
         self.level: Level = LEVELS[target.arch]
 
     def hash(self) -> str:
-        return f"x86-{_sources_hash()}-{self.level!r}{_dump_nonce()}"
+        level = self.level
+        return f"x86-{_sources_hash()}-{level.name}-{level.cpu}-{level.llvm}{_dump_nonce()}"
 
     def parse_options(self, opts: dict) -> X86Options:
         if opts.get("extern_libs"):
