@@ -92,6 +92,7 @@ def _problem(module: Module, settings: Settings, workloads: tuple[Routing, ...])
             max_imbalance=wanted["max_imbalance"],
             time_limit_s=wanted["time_limit_s"],
             step_cost=step,
+            expert_bytes=_expert_bytes(module),
             seed=wanted["seed"],
         )
     except (KeyError, TypeError) as error:
@@ -99,6 +100,13 @@ def _problem(module: Module, settings: Settings, workloads: tuple[Routing, ...])
         raise InputError(
             f"attribute placement_request is not whole: {error}", where=where, hint=hint
         ) from None
+
+
+def _expert_bytes(module: Module) -> int:
+    """Weights of one expert of the first layer with experts."""
+    experts = next(op for function in module.functions for op in function.every(Experts))
+    types = (value.type for value in experts.all_operands)
+    return sum(type.bytes // type.shape[0] for type in types if isinstance(type, WeightsType))
 
 
 def _step_cost(module: Module, top_k: int, slots: int) -> StepCost:

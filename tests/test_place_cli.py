@@ -125,6 +125,18 @@ def test_it_moves_from_a_placement_in_force(folder: Path) -> None:
     assert "agree" in invoke("code.npz", "--check", "moved.json").stdout
 
 
+def test_memory_gives_the_slots(folder: Path) -> None:
+    # 3 layers: 3 slots of 10 MB take 90 MB, 4 take 120 MB.
+    sizes = [part for gb in (0.2, 0.1, 0.2, 0.3) for part in ("--memory-per-device-gb", gb)]
+    result = invoke(*COMMON, *sizes, "--expert-mb", 10, "--no-leave-one-out", "-o", "fit.json")
+    data = json.loads((folder / "fit.json").read_text())
+    assert data["slots_per_device"] == 3
+    assert data["report"]["memory"] == {"expert_bytes": 10_000_000, "device_bytes": 90_000_000}
+    assert "every device holds 0.09 GB of experts, 3 of 10 MB in each layer" in result.stdout
+    assert "devices have up to 0.3 GB, but engines give all the same number of slots" in result.stdout
+    assert "agree" in invoke("chat.npz", "code.npz", "--check", "fit.json").stdout
+
+
 def test_it_draws(folder: Path) -> None:
     pytest.importorskip("matplotlib")
     invoke(*COMMON, "--plot", "p.png", "--no-leave-one-out", "-o", "drawn.json")
@@ -147,6 +159,11 @@ def test_same_seed_same_file(folder: Path) -> None:
         (["chat.npz", "--weight", "1", "--weight", "2"], ["--weight", "2 weights for 1 traces"]),
         (["chat.npz", "--devices", "6", "--nodes", "4"], ["--nodes", "multiple"]),
         (["chat.npz", "--devices", "4", "--slots-per-device", "1"], ["slots_per_device must be at least 2"]),
+        (["chat.npz", "--memory-per-device-gb", "1"], ["--memory-per-device-gb", "--expert-mb"]),
+        (
+            ["chat.npz", "--devices", "4", "--memory-per-device-gb", "0.05", "--expert-mb", "10"],
+            ["4 devices cannot hold 8 experts", "2 slots need 0.06 GB"],
+        ),
         (["chat.npz", "--objective", "speed"], ["objective 'speed' is unknown"]),
         (["chat.npz", "--balance", "best"], ["balance 'best' is unknown"]),
         (["chat.npz", "--execution", "stay"], ["execution 'stay' is unknown"]),

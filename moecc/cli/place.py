@@ -36,6 +36,12 @@ def place_command(
     slots_per_device: Annotated[
         int | None, typer.Option(help="Experts that a device holds per layer; as few as possible otherwise.")
     ] = None,
+    memory_per_device_gb: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Memory for experts, 1e9 bytes, instead of slots: of all devices, or repeated for each."
+        ),
+    ] = None,
     execution: Annotated[
         str, typer.Option(help="home: tokens return after every layer; migrate: they stay where they landed.")
     ] = "home",
@@ -78,7 +84,7 @@ def place_command(
     expert_mb: Annotated[
         float | None,
         typer.Option(
-            help="With --from: one expert's weights in one layer, 1e6 bytes; the model's otherwise."
+            help="One expert's weights in one layer, 1e6 bytes; those of --preset or --hf-config otherwise."
         ),
     ] = None,
     time_limit: Annotated[
@@ -121,10 +127,13 @@ def place_command(
     for path in (output, *([plot] if plot else [])):
         check_writable(path)
     per_node = inputs.devices_per_node(devices, nodes)
-    slots = -(-workloads[0].num_experts // devices) if slots_per_device is None else slots_per_device
     model = inputs.read_model(preset, hf_config, workloads[0])
+    expert_bytes = inputs.expert_bytes(expert_mb, model)
+    slots, notes = inputs.slots_that_fit(
+        memory_per_device_gb or [], slots_per_device, expert_bytes, workloads[0], devices
+    )
     exports = inputs.read_exports(export or [], dense_layer or [], model, workloads[0].layers)
-    cost, notes = None, []
+    cost = None
     if objective == "step":
         cost, confidence = inputs.model_step_cost(
             model,
@@ -151,7 +160,7 @@ def place_command(
         step_cost=cost,
         in_force=inputs.read_placement(from_) if from_ else None,
         max_moved_bytes=None if max_moved_gb is None else max_moved_gb * 1e9,
-        expert_bytes=inputs.expert_bytes(expert_mb, model),
+        expert_bytes=expert_bytes,
         time_limit_s=time_limit,
         seed=seed,
         workers=workers,

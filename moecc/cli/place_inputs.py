@@ -12,6 +12,7 @@ from moecc.errors import InputError
 from moecc.files import check_writable, read_text
 from moecc.frontend.trace import load_trace
 from moecc.solvers.placement import Placement
+from moecc.solvers.placement.capacity import Capacity
 from moecc.solvers.placement.links import Links
 from moecc.solvers.placement.step_cost import StepCost
 from moecc.solvers.routing import Routing
@@ -103,18 +104,29 @@ def read_model(preset: str | None, hf_config: Path | None, routing: Routing) -> 
 
 
 def expert_bytes(expert_mb: float | None, model: ModelSpec | None) -> int:
-    """Weights of one expert of one layer: as given, or gate, up and down of the model; 0 where nobody says."""
-    from moecc.hardware import DTYPE_BYTES
-
+    """Weights of one expert of one layer: as given, or the model's; 0 where nobody says."""
     if expert_mb is not None:
         if not (math.isfinite(expert_mb) and expert_mb > 0):
             raise InputError(
                 f"{expert_mb} is not a size", where="--expert-mb", hint="give 1e6 bytes, such as 17.3"
             )
         return round(expert_mb * 1e6)
-    if model is None:
-        return 0
-    return 3 * model.hidden_size * model.intermediate_size * DTYPE_BYTES[model.dtype]
+    return 0 if model is None else model.expert_bytes
+
+
+def slots_that_fit(
+    memory_gb: Sequence[float], asked: int | None, expert_bytes: int, routing: Routing, devices: int
+) -> tuple[int, list[str]]:
+    """Slots per device, as asked for, as memory allows, or as few as possible; and notes on them."""
+    if not memory_gb:
+        return -(-routing.num_experts // devices) if asked is None else asked, []
+    capacity = Capacity(
+        memory_bytes=[size * 1e9 for size in memory_gb], expert_bytes=expert_bytes, layers=routing.layers
+    )
+    slots = capacity.slots_per_device(
+        routing.num_experts, devices, asked=asked, where="--memory-per-device-gb"
+    )
+    return slots, [capacity.note(slots)]
 
 
 def model_step_cost(

@@ -41,6 +41,8 @@ def print_placed(placed: Placed, files: Sequence[Path], notes: Sequence[str], fl
     certificate = placed.solution.certificate
     if margin := certificate.margin:
         _say(console, _margin(margin))
+    if memory := report.memory:
+        _say(console, _memory(memory, report.request))
     if moves := report.moves:
         _say(console, _moves(moves))
     for execution, sentence in report.affinity.items():
@@ -72,6 +74,13 @@ def _margin(margin: Margin) -> str:
     return (
         f"max_imbalance: {margin.asked:g} asked for unseen sequences; held-out ones exceeded it by {margin.gap:.3f} in"
         f" trials, so {margin.cap:.3f} was solved for; expected on unseen ones {margin.expected:.3f}"
+    )
+
+
+def _memory(memory: Mapping[str, Any], request: Mapping[str, Any]) -> str:
+    return (
+        f"memory: every device holds {memory['device_bytes'] / 1e9:.2f} GB of experts, {request['slots_per_device']} of"
+        f" {memory['expert_bytes'] / 1e6:.4g} MB in each layer"
     )
 
 

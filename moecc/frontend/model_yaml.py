@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -23,6 +24,7 @@ from moecc.frontend.spec import (
     WorkloadSpec,
 )
 from moecc.frontend.yaml_loader import Document, KeyPath, load_yaml
+from moecc.solvers.placement.capacity import Capacity
 
 
 def load_model_yaml(path: Path) -> CompileSpec:
@@ -36,12 +38,11 @@ def load_model_yaml(path: Path) -> CompileSpec:
     parsed = _validate(document)
     model = _model(parsed, document, path.parent)
     cluster = ClusterSpec(**parsed.cluster.model_dump())
-    placement = PlacementSpec(**parsed.placement.model_dump())
+    placement, notes = _placement(parsed.placement, model, cluster.devices, document)
     for problem in placement_problems(placement, cluster, model.experts):
         where = document.value_at(tuple(problem.key.split(".")))
         raise InputError(problem.message, where=where, hint=problem.hint)
     workloads = _workloads(parsed, document, path.parent)
-    notes = []
     if not workloads:
         workloads = (WorkloadSpec(name="uniform", routing="uniform"),)
         notes.append("no workloads are given: uniform routing is assumed")
@@ -150,6 +151,23 @@ def _workloads(parsed: schema.FileFields, document: Document, folder: Path) -> t
             )
         )
     return tuple(workloads)
+
+
+def _placement(
+    parsed: schema.PlacementFields, model: ModelSpec, devices: int, document: Document
+) -> tuple[PlacementSpec, list[str]]:
+    """Memory becomes slots, with a note that says so."""
+    placement = PlacementSpec(**parsed.model_dump(exclude={"memory_per_device_gb"}))
+    if parsed.memory_per_device_gb is None:
+        return placement, []
+    capacity = Capacity(
+        memory_bytes=[parsed.memory_per_device_gb * 1e9],
+        expert_bytes=model.expert_bytes,
+        layers=len(model.moe_layers),
+    )
+    where = document.value_at(("placement", "memory_per_device_gb"))
+    slots = capacity.slots_per_device(model.experts, devices, asked=placement.slots_per_device, where=where)
+    return replace(placement, slots_per_device=slots), [capacity.note(slots)]
 
 
 def _serving(parsed: schema.ServingFields) -> ServingSpec:

@@ -119,6 +119,7 @@ class PlacementFields(_Strict):
     objective: spec.Objective = "traffic"
     balance: spec.Balance = "workload"
     slots_per_device: Size | None = None
+    memory_per_device_gb: Positive | None = None
     max_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     time_limit_s: Positive = 30.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -9,6 +9,7 @@ from typing import Literal
 
 from moecc.errors import Location
 from moecc.ir.semantics import Activation, Router
+from moecc.ir.types import DTYPE_BYTES
 
 AttentionKind = Literal["gqa", "mla"]
 DType = Literal["bfloat16", "float16", "float32"]
@@ -95,6 +96,14 @@ class ModelSpec:
     notes: tuple[str, ...] = ()
     source: str
     locations: Locations = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Weights of one expert of one layer: gate, up and down, and their biases."""
+        elements = 3 * self.hidden_size * self.intermediate_size
+        if self.expert_bias:
+            elements += 2 * self.intermediate_size + self.hidden_size
+        return elements * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)

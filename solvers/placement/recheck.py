@@ -29,6 +29,7 @@ JUDGED = (
     "layers",
     "dispatch",
     "homes",
+    "memory",
     "assumptions",
 )
 

@@ -44,8 +44,9 @@ class PlacingReport:
     for each on what inter-layer affinity is worth. layers: of each layer imbalance and fan-out. dispatch: held-out
     figures under the engine's rule for replicas, where there are any. homes: where they are chosen, by `unit`, of each
     workload the remote devices per token with random homes and with chosen ones, on held-out tokens. moves: from the
-    placement in force, if there is one: a MovePlan, its moves as rows of layer, expert, source, target. unseen: of
-    each workload the figures of a placement solved without it; empty where that was not done. warnings: what to know
+    placement in force, if there is one: a MovePlan, its moves as rows of layer, expert, source, target. memory: where
+    the size of an expert is known, expert_bytes of one layer and device_bytes, what every device holds. unseen: of each
+    workload the figures of a placement solved without it; empty where that was not done. warnings: what to know
     before using the placement.
     """
 
@@ -61,6 +62,7 @@ class PlacingReport:
     dispatch: Figures = field(default_factory=dict)
     homes: Figures = field(default_factory=dict)
     moves: Figures = field(default_factory=dict)
+    memory: Figures = field(default_factory=dict)
     unseen: list[Figures] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
@@ -146,6 +148,7 @@ def judge(
         dispatch={"rule": problem.dispatch, **dispatch} if after.dispatch else {},
         homes=after.homes,
         moves=moves(problem, after.placement),
+        memory=memory(problem, after.placement),
         warnings=_warnings(problem, in_sample, chosen) + cautions(problem, in_sample),
         assumptions=sorted({routing.assumption for routing in problem.workloads} - {""}),
     )
@@ -202,6 +205,14 @@ def moves(problem: PlacementProblem, after: Placement) -> Figures:
         "rounds": list(plan.rounds),
         "schedule": [[move.layer, move.expert, move.source, move.target] for move in plan.moves],
     }
+
+
+def memory(problem: PlacementProblem, placement: Placement) -> Figures:
+    """Empty where the size of an expert is not known. Every slot holds an expert, so devices hold equally much."""
+    if problem.expert_bytes == 0:
+        return {}
+    held = placement.layers * placement.slots_per_device * problem.expert_bytes
+    return {"expert_bytes": problem.expert_bytes, "device_bytes": held}
 
 
 def _under(

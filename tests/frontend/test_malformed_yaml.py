@@ -281,6 +281,16 @@ CASES: dict[str, tuple[str | bytes, str]] = {
         more("placement: {slots_per_device: 129}\n"),
         "12:31: slots_per_device 129 is larger than experts 128; hint: slots_per_device must be in [16, 128]",
     ),
+    "too little memory": (
+        more("placement: {memory_per_device_gb: 0.1}\n"),
+        "12:35: 0.1 GB hold 3 slots of 3 layers x 9.437 MB: 8 devices cannot hold 128 experts; "
+        "hint: 16 slots need 0.453 GB on every device; or use more devices",
+    ),
+    "memory below the slots": (
+        more("placement: {slots_per_device: 17, memory_per_device_gb: 0.46}\n"),
+        "12:57: 17 slots per device of 3 layers x 9.437 MB need 0.4813 GB, not 0.46; "
+        "hint: the memory holds 16: leave out slots_per_device, or lower it",
+    ),
     "workload twice": (
         more("workloads:\n  - {name: a, routing: uniform}\n  - {name: a, routing: zipf}\n"),
         "14:12: the workload name 'a' is used twice; hint: give every workload its own name",

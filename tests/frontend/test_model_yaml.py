@@ -75,6 +75,15 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert (model.attention, model.vocab_size, model.notes) == (None, None, ())
 
 
+def test_memory_becomes_slots(tmp_path: Path) -> None:
+    # An expert is 3 x 2048 x 768 bfloat16 elements, 9.437 MB, in each of 3 layers: 0.3 GB hold 10 of them.
+    text = GOOD.replace("slots_per_device: 9", "memory_per_device_gb: 0.3")
+    spec = load_model_yaml(write(tmp_path, text))
+    assert spec.model.expert_bytes == 9437184
+    assert spec.placement.slots_per_device == 10
+    assert spec.notes == ("0.3 GB for experts on a device: 10 slots of 3 layers x 9.437 MB take 0.2831 GB",)
+
+
 def test_every_value_knows_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     spec = load_model_yaml(path)
