@@ -55,6 +55,7 @@ class X86Options:
     launch_cooperative_grid: bool = False
     launch_pdl: bool = False
     instrumentation_mode: str = ""
+    fpsan_homomorphic_casts: bool = False
     ir_override: str | None = None
     enable_fp_fusion: bool = True
     enable_reflect_ftz: bool = False

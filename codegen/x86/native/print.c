@@ -84,33 +84,45 @@ static int leading_shape(const char **prefix, int64_t *shape, int most)
     return rank;
 }
 
-/* One line for each element, as the GPU backends write it: `pid (0, 0, 0) idx (3) prefix: value`. */
+static int format_program(char *line, size_t room, const struct worker *worker)
+{
+    const int32_t *grid = worker->job->grid;
+    int64_t program = worker->program;
+    return snprintf(line, room, "pid (%lld, %lld, %lld)", (long long)(program % grid[0]),
+                    (long long)(program / grid[0] % grid[1]), (long long)(program / grid[0] / grid[1]));
+}
+
+static int format_index(char *line, size_t room, int64_t element, int64_t count, const int64_t *shape, int rank)
+{
+    int size = snprintf(line, room, " idx (");
+    for (int axis = 0; axis < rank; axis++) {
+        count /= shape[axis];
+        size += snprintf(line + size, room - size, axis ? ", %lld" : "%lld",
+                         (long long)(element / count % shape[axis]));
+    }
+    return size + snprintf(line + size, room - size, ")");
+}
+
+/* One line for each element, as the GPU backends write it, `pid (0, 0, 0) idx (3) prefix: value`; without a value one
+   line for the program. */
 static void print_values(struct runtime *runtime, const char *prefix, const void *data, int64_t count, int32_t kind,
                          int32_t hex)
 {
     struct worker *worker = (struct worker *)runtime;
-    const int32_t *grid = worker->job->grid;
-    int64_t program = worker->program, shape[8] = {count};
-    int rank = leading_shape(&prefix, shape, 8);
-    if (rank < 0)
-        rank = 1;
-    for (int64_t element = 0; element < count; element++) {
-        char line[256];
+    int64_t shape[8] = {count};
+    char program[80], line[360]; /* the value of a double takes 317 */
+    int program_size = format_program(program, sizeof program, worker), rank = leading_shape(&prefix, shape, 8);
+    for (int64_t element = 0; element < (count ? count : 1); element++) {
         uint64_t bits = 0;
-        memcpy(&bits, (const char *)data + element * print_bytes[kind], print_bytes[kind]);
-        int size = snprintf(line, sizeof line, "pid (%lld, %lld, %lld) idx (", (long long)(program % grid[0]),
-                            (long long)(program / grid[0] % grid[1]), (long long)(program / grid[0] / grid[1]));
-        int64_t rows = count;
-        for (int axis = 0; axis < rank; axis++) {
-            rows /= shape[axis];
-            size += snprintf(line + size, sizeof line - size, axis ? ", %lld" : "%lld",
-                             (long long)(element / rows % shape[axis]));
-        }
-        text_add(&worker->output, line, size);
-        text_add(&worker->output, ")", 1);
+        text_add(&worker->output, program, program_size);
+        if (count)
+            text_add(&worker->output, line,
+                     format_index(line, sizeof line, element, count, shape, rank < 0 ? 1 : rank));
         text_add(&worker->output, prefix, strlen(prefix));
-        size = format_value(line, sizeof line - 1, bits, kind, hex);
-        line[size++] = '\n';
-        text_add(&worker->output, line, size);
+        if (count) {
+            memcpy(&bits, (const char *)data + element * print_bytes[kind], print_bytes[kind]);
+            text_add(&worker->output, line, format_value(line, sizeof line, bits, kind, hex));
+        }
+        text_add(&worker->output, "\n", 1);
     }
 }

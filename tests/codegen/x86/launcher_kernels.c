@@ -74,6 +74,12 @@ KERNEL(show_scalar)
         rt->print(rt, "| n: ", &value, 1, 5, 0);
 }
 
+KERNEL(show_nothing)
+{
+    for (int64_t p = first; p < last; p++)
+        rt->print(rt, "| here", NULL, 0, 5, 0);
+}
+
 /* every program waits until all have come */
 KERNEL(meet)
 {

@@ -127,7 +127,9 @@ def test_printed_lines_tell_program_and_index(capsys: pytest.CaptureFixture[str]
     launch((1,), values, 6, PrintKind.I16, 1)
     assert capsys.readouterr().out.splitlines()[1] == "pid (0, 0, 0) idx (0, 1) x: 0xfffe"
     Launch("show_scalar", traced=True)((1,))
-    assert capsys.readouterr().out == "pid (0, 0, 0) idx () n: -7\n"
+    Launch("show_nothing", traced=True)((1, 1, 2))
+    expected = ["pid (0, 0, 0) idx () n: -7", "pid (0, 0, 0) here", "pid (0, 0, 1) here"]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 @pytest.mark.parametrize(
@@ -275,3 +277,12 @@ def test_hooks_run_around_the_launch() -> None:
 def test_a_chain_of_no_hooks_is_not_called() -> None:
     launch = Launch("refuse", done="*i8", at="i64")
     launch((1,), torch.zeros(1, dtype=torch.int8), -1, enter=SimpleNamespace(calls=[]), leave=None)
+
+
+def test_the_longest_number_fits_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    most = torch.tensor([-torch.finfo(torch.float64).max] * 6, dtype=torch.float64)
+    Launch("show", traced=True, x="*fp64", count="i64", kind="i32", hex="i32")(
+        (1,), most, 6, PrintKind.F64, 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [float(line.rpartition(" ")[2]) for line in lines] == most.tolist()
