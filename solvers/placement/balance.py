@@ -41,7 +41,8 @@ class LayerLoads:
     loads: [rows, experts], every row sums to the number of devices. shares: [rows], summing to 1.
     rule: how the rows' imbalances become one, their `mean` by shares, the `worst`, or the mean of the worst `tail`
     (`cvar`; Rockafellar and Uryasev, 2000: the row at the edge of the tail counts in part).
-    near: where tokens are, if the nearest replica serves them; None: replicas share an expert's load evenly.
+    near: where tokens are, if the nearest replica serves them. lp: whether an LP splits an expert's load over its
+    replicas. Neither: evenly.
     """
 
     loads: Floats
@@ -50,6 +51,7 @@ class LayerLoads:
     rule: Rule = "mean"
     tail: float = 1.0
     near: NearLoads | None = None
+    lp: bool = False
 
     def per_unit(self, experts: Ints) -> Floats:
         """[rows, units]: the load of every replica; experts [units] is the expert each unit holds."""
@@ -104,6 +106,7 @@ def layer_loads(problem: PlacementProblem) -> list[LayerLoads]:
                 rule=rules.get(problem.balance, "mean"),
                 tail=1 - problem.cvar_alpha,
                 near=near if problem.near else None,
+                lp=problem.lp,
             )
         )
     return layers
@@ -146,8 +149,13 @@ class DeviceLoads:
         )
 
     @property
+    def peaks(self) -> Floats:
+        """[rows]: the load of the fullest device."""
+        return np.asarray(self.sums.max(axis=1))
+
+    @property
     def imbalance(self) -> float:
-        return float(self.table.combine(self.sums.max(axis=1)))
+        return float(self.table.combine(self.peaks))
 
     def fullest(self) -> NDArray[np.bool_]:
         """[devices]: where the imbalance comes from; only a swap with one of them can lower it."""

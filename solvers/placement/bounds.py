@@ -15,7 +15,7 @@ def lower_bound(table: LayerLoads, slots_per_device: int) -> float:
     """
     rows = np.vstack([table.loads, table.shares @ table.loads])
     if table.devices * slots_per_device > rows.shape[1]:
-        bounds = _replicated(rows, table.devices, slots_per_device, even=table.near is None)
+        bounds = _replicated(rows, table.devices, slots_per_device, even=table.near is None and not table.lp)
     else:
         bounds = np.array([_crowded(row, table.devices, slots_per_device) for row in rows])
     bounds = np.maximum(1.0, bounds)

@@ -33,6 +33,7 @@ def _uneven(problem: PlacementProblem, in_sample: Mapping[str, Mapping[str, Any]
 def _unseen_dispatch(problem: PlacementProblem) -> list[str]:
     # In one node, with homes on all devices alike, `nearest` comes to an even split.
     counted = problem.dispatch == "nearest" and problem.execution == "home" and problem.objective != "step"
+    counted |= problem.lp
     if counted or problem.dispatch not in JUDGED_ONLY or problem.slots == problem.num_experts:
         return []
     return [f"dispatch {problem.dispatch} is judged, not searched: {JUDGED_ONLY[problem.dispatch]}"]

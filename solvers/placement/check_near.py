@@ -1,4 +1,4 @@
-"""Device loads where the nearest replica serves a token, by plain NumPy that shares no code with the solvers."""
+"""Device loads under the dispatch rules that do not split evenly, by code that shares nothing with the solvers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def near_loads(placement: Placement, routings: Sequence[Routing]) -> Floats:
         for row, routing in enumerate(routings):
             sent = _sent(placement, routing, layer)
             found[row, layer] = np.einsum("he,hed->d", sent, served)
+    return found
+
+
+def lp_loads(placement: Placement, expert_loads: Floats) -> Floats:
+    """[rows, layers, devices] from [rows, layers, experts]: an LP for each row and layer."""
+    found = np.empty((*expert_loads.shape[:2], placement.devices))
+    for layer in range(placement.layers):
+        held = hosts(placement, layer)
+        for row, loads in enumerate(expert_loads[:, layer]):
+            found[row, layer] = loads @ fractions("lp", held, loads, placement.devices_per_node)[0]
     return found
 
 

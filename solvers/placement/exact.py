@@ -33,9 +33,9 @@ def prove(work: Work) -> None:
         return
     linked = problem.linked and problem.objective == "traffic"
     enumerable = work.kept is None and problem.execution == "home"
-    if enumerable and (problem.objective == "traffic" or problem.near) and prove_whole(work):
+    if enumerable and (problem.objective == "traffic" or problem.near or problem.lp) and prove_whole(work):
         return
-    if linked or problem.near:
+    if linked or problem.near or problem.lp:
         # The model of CP-SAT takes devices for interchangeable and replicas for alike.
         return
     everything = range(problem.layers)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from moecc.solvers.placement.balance import Floats, Ints, LayerLoads, layer_loads
 from moecc.solvers.placement.bounds import lower_bound
 from moecc.solvers.placement.fast import fast_start
-from moecc.solvers.placement.near import loads_of
 from moecc.solvers.placement.placement import Placement
 from moecc.solvers.placement.problem import PlacementProblem
 from moecc.solvers.placement.search import TOLERANCE, Clock, balance_layer
+from moecc.solvers.placement.served import loads_of
 
 
 @dataclass(kw_only=True)

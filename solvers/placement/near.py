@@ -66,10 +66,3 @@ def served(near: NearLoads, experts: Ints, held: Mask) -> Floats:
     outside = np.where(of_node > 0, 0.0, unserved).sum(axis=2) / held.sum(axis=1)
     each = np.repeat(inside, near.devices_per_node, axis=2) + outside[:, :, None]
     return np.asarray(held * (from_home + each))
-
-
-def loads_of(table: LayerLoads, experts: Ints, device_of: Ints) -> DeviceLoads:
-    """The loads that the table's dispatch makes of an assignment of units to devices."""
-    if table.near is None:
-        return DeviceLoads(table, experts, device_of)
-    return NearDeviceLoads(table, table.near, experts, device_of)

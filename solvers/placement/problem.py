@@ -19,6 +19,8 @@ Execution = Literal["home", "migrate"]
 Objective = Literal["traffic", "load", "step"]
 Balance = Literal["workload", "pooled", "worst", "cvar"]
 Dispatch = Literal["even", "nearest", "random", "lp"]
+LP_DEVICES = 10
+"""The search looks at every set of devices for the LP's peak: 1024 of them here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,8 @@ class PlacementProblem:
 
     dispatch: the engine's rule for which replica serves a token (dispatch.fractions). Loads are those that it makes:
     `even` splits an expert's alike over its replicas, which is also the mean of `random`; `nearest` under `home` gives
-    each replica the tokens that it is near to (`near`). `lp` is judged only: the search balances the even split, which
-    an LP never exceeds.
+    each replica the tokens that it is near to (`near`). `lp` makes the fullest device emptiest; on more than LP_DEVICES
+    devices, under `cvar` and `step` it is judged only: the search balances the even split, which it never exceeds.
     in_force: the placement that is to be left, perhaps on fewer or more devices: device d stays device d, devices
     come and go at the end. max_moved_bytes caps the expert weights (expert_bytes each) that devices receive, all
     layers together; None: the moves are few, but not capped.
@@ -130,6 +132,12 @@ class PlacementProblem:
         """Whether the load of a replica depends on where it and the tokens are."""
         replicas = self.dispatch == "nearest" and self.execution == "home" and self.slots > self.num_experts
         return replicas and (self.homed or self.devices_per_node < self.devices)
+
+    @property
+    def lp(self) -> bool:
+        """Whether loads are what an LP makes of them."""
+        few = self.devices <= LP_DEVICES and self.balance != "cvar" and self.objective != "step"
+        return self.dispatch == "lp" and few and self.slots > self.num_experts
 
     @property
     def shares(self) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecc.solvers.placement.balance import DeviceLoads, Floats, Ints, LayerLoads
-from moecc.solvers.placement.near import loads_of
+from moecc.solvers.placement.served import loads_of
 from moecc.solvers.placement.traffic import SwapTable, TrafficRows
 
 Mask = NDArray[np.bool_]

@@ -104,7 +104,9 @@ def _balance(work: Work, team: Team) -> bool:
         if any(layer.imbalance > cap for layer in work.layers):
             team.run(work, partial(balance, stop_at=1.0))
     elif problem.objective == "load":
-        team.run(work, partial(share_out, stop_at=1.0))
+        if not (problem.near or problem.lp):
+            # It lists splits of loads that units carry with them.
+            team.run(work, partial(share_out, stop_at=1.0))
         team.run(work, partial(balance, stop_at=1.0))
     return cap is None or spread_cap(work, cap)
 

@@ -11,6 +11,7 @@ from moecc.solvers.placement.enumerate import Holds, all_layers, cover, units_of
 from moecc.solvers.placement.home import home_cost
 from moecc.solvers.placement.layers import Work
 from moecc.solvers.placement.link_rows import link_rows
+from moecc.solvers.placement.lp import lp_peaks
 from moecc.solvers.placement.near import served
 from moecc.solvers.placement.search import TOLERANCE
 from moecc.solvers.placement.traffic import home_rows
@@ -77,6 +78,9 @@ def _front(work: Work, index: int, holds: Holds) -> Front:
 def _imbalances(work: Work, index: int, holds: Holds) -> Floats:
     """[placements]."""
     table, (count, experts, devices) = work.layers[index].table, holds.shape
+    if table.lp:
+        holders = holds @ (1 << np.arange(devices))
+        return table.combine(lp_peaks(table.loads, holders, devices))
     if table.near is None:
         loads = np.einsum("re,ped->rpd", table.loads, holds / holds.sum(axis=2, keepdims=True))
     else:

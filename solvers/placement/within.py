@@ -15,8 +15,8 @@ from moecc.solvers.placement.layers import LayerState, Work
 from moecc.solvers.placement.link_rows import traffic_rows
 from moecc.solvers.placement.migrate import Tokens
 from moecc.solvers.placement.moves import Held
-from moecc.solvers.placement.near import loads_of
 from moecc.solvers.placement.search import TOLERANCE, Swaps, Tabu, excess, lowest, same_device
+from moecc.solvers.placement.served import loads_of
 from moecc.solvers.placement.start import replicate
 from moecc.solvers.placement.step import StepSwaps, rates, step_rows
 from moecc.solvers.placement.traffic import SwapTable

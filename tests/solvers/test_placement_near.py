@@ -13,7 +13,8 @@ from moecc.solvers.placement import PlacementProblem, solve
 from moecc.solvers.placement.balance import DeviceLoads, layer_loads
 from moecc.solvers.placement.bounds import lower_bound
 from moecc.solvers.placement.check_balance import imbalance_of
-from moecc.solvers.placement.near import NearDeviceLoads, loads_of
+from moecc.solvers.placement.near import NearDeviceLoads
+from moecc.solvers.placement.served import loads_of
 from moecc.solvers.placement.start import to_placement
 from moecc.solvers.routing import Routing
 

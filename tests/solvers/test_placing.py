@@ -131,7 +131,8 @@ def test_traffic_alone_that_unbalances_is_a_warning() -> None:
 @pytest.mark.parametrize(
     ("options", "warned"),
     [
-        ({"dispatch": "lp"}, True),
+        ({"dispatch": "lp"}, False),
+        ({"dispatch": "lp", "balance": "cvar"}, True),
         ({"dispatch": "random"}, False),
         ({"dispatch": "nearest"}, False),
         ({"dispatch": "nearest", "execution": "migrate"}, True),
