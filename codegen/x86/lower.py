@@ -65,13 +65,25 @@ def lower_kernel(text: str, level: Level) -> Lowered:
 
 
 def _spins(op: Op) -> bool:
-    """A loop until something that memory says: another program may have to say it."""
+    """A loop until something that memory says: another program may have to say it.
+
+    Not so for a lock: who holds it is running, and gives it back.
+    """
     if op.name != "scf.while":
         return False
     return any(
-        inner.name.startswith("tt.atomic") or inner.attributes.get("isVolatile") is True
+        (inner.name.startswith("tt.atomic") and not _takes_lock(inner))
+        or inner.attributes.get("isVolatile") is True
         for inner in op.walk()
     )
+
+
+def _takes_lock(op: Op) -> bool:
+    """Zero becomes another constant."""
+    if op.name != "tt.atomic_cas":
+        return False
+    free, held = (value.op.attributes.get("value") if value.op else None for value in op.operands[1:3])
+    return free == 0 and isinstance(held, int) and held != 0
 
 
 def _entry(module: Module, name: str, kernel: Op) -> str:
