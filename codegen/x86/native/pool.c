@@ -4,8 +4,8 @@
 enum {
     MAX_WORKERS = 1023,
     CHUNKS_PER_THREAD = 4,      /* each takes a quarter of its share of what is left */
-    SPINS = 4000,               /* pauses before a worker sleeps: about 50 us */
-    CALLER_SPINS = 2000,
+    WORKER_SPIN_NS = 50000,     /* before a worker sleeps; a launch from Triton follows another within 10 us */
+    CALLER_SPIN_NS = 20000,
     LAZY_NS = 8000,             /* a launch that took less last time is not worth a system call */
     MAX_SPINNING_PROGRAMS = 512,
     SPINNING_STACK = 1 << 20,
@@ -168,7 +168,7 @@ static void leave(void)
 
 static uint32_t next_ticket(struct worker *worker, uint32_t seen)
 {
-    for (int spin = 0; spin < SPINS; spin++) {
+    for (int64_t until = now_ns() + WORKER_SPIN_NS; now_ns() < until;) {
         uint32_t ticket = atomic_load_explicit(&worker->ticket, memory_order_acquire);
         if (ticket != seen)
             return ticket;
@@ -226,8 +226,8 @@ static int grow_pool(int wanted)
 static void wait_for_workers(void)
 {
     uint64_t gate = atomic_fetch_and(&pool.gate, ~(uint64_t)OPEN) & ~(uint64_t)OPEN;
-    for (int spin = 0; gate & ACTIVE; gate = atomic_load(&pool.gate)) {
-        if (spin++ < CALLER_SPINS) {
+    for (int64_t until = now_ns() + CALLER_SPIN_NS; gate & ACTIVE; gate = atomic_load(&pool.gate)) {
+        if (now_ns() < until) {
             _mm_pause();
             continue;
         }
