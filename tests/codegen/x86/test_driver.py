@@ -225,6 +225,7 @@ def test_a_level_comes_from_the_call_or_the_environment(monkeypatch: pytest.Monk
 
 def test_activated_gives_the_driver_back() -> None:
     before = triton.runtime.driver._active
+
     def inside() -> None:
         with activated("avx2"):
             assert triton.runtime.driver.active.level == "avx2"
