@@ -14,7 +14,7 @@ PREFIX = "x86_"
 
 
 def call_extern(b: Builder, symbol: str, arguments: Sequence[V], result: str) -> V:
-    """f32, f64 or integers; `result` is the LLVM lane type, which may be f16's or bf16's for a result in f32."""
+    """Of f32, f64 or integers; `result` is the LLVM lane type that integers and truth values are brought to."""
     name = _name(symbol)
     if name in FUNCTIONS:
         value = FUNCTIONS[name](b, *arguments)
@@ -53,6 +53,8 @@ _CUDA_NAMES = {
     "ddiv_rn": "div_rn",
     "fast_fdividef": "div_rn",
     "fmaf_rn": "fma",
+    "powi": "pow_integer",
+    "powif": "pow_integer",
     "fma_rn": "fma",
 }
 """Where CUDA's symbol has more than an f behind the name."""
@@ -118,6 +120,12 @@ def _reinterpret(lane_type: str) -> Callable[..., V]:
     return lambda b, x: b.emit(f"bitcast {x.typed} to {like(x, lane_type)}", like(x, lane_type))
 
 
+def _integer_power(b: Builder, x: V, n: V) -> V:
+    """In f64, which holds every i32: its parity gives the sign."""
+    power = call_math(b, "pow", b.cast("fpext", x, "double"), b.cast("sitofp", n, "double"))
+    return b.cast("fptrunc", power, x.lane_type)
+
+
 def _normal_cdf(b: Builder, x: V) -> V:
     scaled = b.op("fmul", x, _number(-math.sqrt(0.5), x))
     return b.op("fmul", _number(0.5, x), call_math(b, "erfc", scaled))
@@ -155,6 +163,7 @@ FUNCTIONS: dict[str, Callable[..., V]] = {
     "fast_tanf": _libm("tan"),
     "fast_tanhf": _libm("tanh"),
     "fast_powf": _libm("pow"),
+    "pow_integer": _integer_power,
     "normcdf": _normal_cdf,
     "saturatef": _saturate,
     "isnan": lambda b, x: b.compare("fcmp uno", x, x),

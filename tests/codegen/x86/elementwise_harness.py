@@ -212,6 +212,7 @@ def encode(values: NDArray[np.float64], element: str, *, toward_zero: bool = Fal
     below = np.searchsorted(numbers, magnitude, side="right") - 1
     code = below
     if not toward_zero:
+        magnitude = np.minimum(magnitude, 2 * numbers[-1])
         step = numbers[-1] - numbers[-2]
         above = np.append(numbers, numbers[-1] + step)
         doubled, middle = magnitude * 2, above[below] + above[below + 1]
