@@ -286,17 +286,22 @@ def _sin_near(b: Builder, x: V, quarter: int) -> V:
     return b.cast("bitcast", b.op("xor", bits, sign), "float")
 
 
-def _circular(name: str, quarter: int) -> Callable[[Builder, V], V]:
+def _circular(symbol: str, quarter: int) -> Callable[[Builder, V], V]:
     def body(b: Builder, x: V) -> V:
         magnitude = b.intrinsic("llvm.fabs", x.type, x)
         is_far = b.compare("fcmp ogt", magnitude, _number(_FAR, x))
         anywhere = b.intrinsic("llvm.vector.reduce.or", "i1", is_far) if x.lanes else is_far
-        (result,) = b.choose(
-            anywhere,
-            lambda: [_call(b, f"x86.libm.{name}f", x.type, [x], _by_lane(name + "f"), "noinline")],
-            lambda: [_sin_near(b, x, quarter)],
-            likely=False,
-        )
+        near = _sin_near(b, x, quarter)
+
+        def with_far() -> Sequence[V]:
+            """Lane by lane, so that what a lane is does not depend on the others."""
+            return [
+                b.select(
+                    is_far, _call(b, f"x86.libm.{symbol}", x.type, [x], _by_lane(symbol), "noinline"), near
+                )
+            ]
+
+        (result,) = b.choose(anywhere, with_far, lambda: [near], likely=False)
         if quarter:
             return result
         is_tiny = b.compare("fcmp olt", magnitude, _number(2.0**-13, x))
@@ -312,7 +317,7 @@ SINGLE: dict[str, Callable[[Builder, V], V]] = {
     "log2": _log2,
     "tanh": _tanh,
     "erf": _erf,
-    "sin": _circular("sin", 0),
-    "cos": _circular("cos", 1),
+    "sin": _circular("sinf", 0),
+    "cos": _circular("cosf", 1),
 }
 """What has polynomials in f32."""
