@@ -21,12 +21,12 @@ from moecc.codegen.x86.amx_pack import (
     tabulate,
 )
 from moecc.codegen.x86.builder import Builder, Index, V
-from moecc.codegen.x86.dot_shape import DotPlan, DotShape, Rows, call, define
+from moecc.codegen.x86.dot_shape import DotPlan, DotShape, Over, Rows, call, define
 from moecc.codegen.x86.pack import transpose, widen
 from moecc.codegen.x86.types import LLVM_TYPES
 
-STREAMED_COLUMNS = 32
-"""Up to as many columns of Q, P is read once and so straight from memory; past it P is copied into tiles."""
+STREAMED_COLUMNS = 256
+"""Up to as many columns of Q, to copy P into tiles costs more than to read it again from rows far apart."""
 
 TILECFG = (
     "@tilecfg = internal constant [64 x i8] ["
@@ -40,18 +40,38 @@ TILECFG = (
 _FLOATS = ("bf16", "f8E4M3FN", "f8E5M2")
 
 
-def fits_tiles(shape: DotShape) -> bool:
-    """Whether tiles can compute the dot."""
+def plan_tiles(shape: DotShape, *, a_over: Over, b_over: Over) -> TilePlan | None:
+    """A plan, or None for what tiles cannot compute: other elements, or less than one tile's rows of P."""
     integers = (shape.a, shape.b, shape.accumulator) == ("i8", "i8", "i32")
     floats = shape.a in _FLOATS and shape.b in _FLOATS and shape.lane == "float"
-    return (integers or floats) and max(shape.m, shape.n) >= TILE
+    if not (integers or floats) or max(shape.m, shape.n) < TILE:
+        return None
+    b_first = _b_first(shape, a_over, b_over)
+    columns = shape.m if b_first else shape.n
+    return TilePlan(
+        shape=shape, a_over=a_over, b_over=b_over, b_first=b_first, copy=columns > STREAMED_COLUMNS
+    )
+
+
+def _b_first(shape: DotShape, a_over: Over, b_over: Over) -> bool:
+    """The operand that fills a tile's rows; the one with k contiguous; of two the larger, of none the smaller."""
+    if min(shape.m, shape.n) < TILE:
+        return shape.n >= shape.m
+    if a_over != b_over:
+        return b_over == "outer"
+    return shape.n >= shape.m if b_over == "outer" else shape.n < shape.m
 
 
 @dataclass(frozen=True, kw_only=True)
 class TilePlan(DotPlan):
-    """`b_first` makes B the P of the products, else A is; the accumulator is the row-major T of P by Q."""
+    """`b_first` makes B the P of the products, else A is; the accumulator is the row-major T of P by Q.
+
+    `copy` packs P into tiles though it could be read from its own memory. That pays where the packed P serves several
+    products, or a product of many columns.
+    """
 
     b_first: bool
+    copy: bool = False
     uses_tiles: bool = True
 
     @property
@@ -73,7 +93,7 @@ class TilePlan(DotPlan):
     @property
     def copies(self) -> bool:
         """Whether P is packed into tiles, not read from its own memory."""
-        return self.p.over == "k" or not self.p.whole or self.q.count > STREAMED_COLUMNS
+        return self.copy or self.p.over == "k" or not self.p.whole
 
     @property
     def a_bytes(self) -> int:
@@ -220,6 +240,9 @@ def _multiply_block(
     spare = range(len(sums) + p_block, 8)
     q_registers = [spare[j % len(spare)] for j in range(q_block)]
     p_step = TILE_BYTES if plan.copies else ROW_BYTES
+    ahead = (
+        _next_streams(b, plan, p_first, p_block, p) if plan.q.groups <= q_block and not plan.copies else []
+    )
     product = "tdpbssd" if plan.shape.lane == "i32" else "tdpbf16ps"
 
     def step(k: Index) -> None:
@@ -232,9 +255,34 @@ def _multiply_block(
                 registers = (i * q_block + j, p_registers[i], q_registers[j])
                 b.call(f"llvm.x86.{product}", "void", *[V(str(r), "i8") for r in registers])
 
+        for start, stride in ahead:
+            _prefetch_tile(b, b.address(start, b.multiply(k, ROW_BYTES), "i8"), stride)
+
     b.repeat(plan.p.k_tiles, 1, step)
     for register, tile in enumerate(tiles):
         b.call("llvm.x86.tilestored64", "void", V(str(register), "i8"), tile, t_stride)
+
+
+def _next_streams(b: Builder, plan: TilePlan, first: Index, block: int, p: V) -> list[tuple[V, V]]:
+    """Those of the groups that come after the block; of the last block its own once more."""
+    last = plan.p.groups - block
+    if last <= 0:
+        return []
+    following = b.add(first, block)
+    if isinstance(following, V):
+        beyond = b.compare("icmp sgt", following, V(str(last), "i64"))
+        following = b.select(beyond, V(str(last), "i64"), following)
+    return [_p_stream(b, plan, b.add(following, i), p) for i in range(block)]
+
+
+def _prefetch_tile(b: Builder, place: V, stride: V) -> None:
+    """A tile's lines into L2: rows are too short for the hardware to learn where they go on."""
+    row: Index = 0
+    for _ in range(TILE):
+        line = b.address(place, row, "i8")
+        locality = [V("0", "i32"), V("2", "i32"), V("1", "i32")]
+        b.intrinsic("llvm.prefetch", "void", line, *locality)
+        row = b.add(row, stride)
 
 
 def _tile_load(b: Builder, register: int, place: V, stride: V) -> None:

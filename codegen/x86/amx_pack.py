@@ -75,12 +75,14 @@ def pack_tiles(b: Builder, operand: Operand, pointers: V, packed: V, *, transpos
 
 
 def _pack_tiles(b: Builder, operand: Operand, pointers: V, packed: V, transposed: bool) -> None:
+    if operand.over == "outer" and not transposed:
+        _copy_rows(b, operand, pointers, packed)
+        return
     stage = b.allocate("i8", TILE_BYTES) if transposed else packed
     staged = _lines(b, stage, ROW_BYTES)
 
     def tile(rows: list[V], group: Index, step: Index) -> None:
-        place = b.add(b.multiply(group, operand.k_tiles), step)
-        target = _lines(b, b.address(packed, b.multiply(place, TILE_BYTES), "i8"), ROW_BYTES)
+        target = _lines(b, _tile(b, operand, packed, group, step), ROW_BYTES)
         if not transposed:
             _fill(b, operand, rows, group, step, target)
             return
@@ -93,6 +95,28 @@ def _pack_tiles(b: Builder, operand: Operand, pointers: V, packed: V, transposed
             b.store(column, line, align=ROW_BYTES)
 
     _each_tile(b, operand, pointers, tile)
+
+
+def _tile(b: Builder, operand: Operand, packed: V, group: Index, step: Index) -> V:
+    place = b.add(b.multiply(group, operand.k_tiles), step)
+    return b.address(packed, b.multiply(place, TILE_BYTES), "i8")
+
+
+def _copy_rows(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
+    """Row by row, each along k: rows a power of two apart share a cache set."""
+
+    def row(group: Index, line: Index) -> None:
+        (source,) = row_pointers(b, pointers, b.add(b.multiply(group, TILE), line), operand.count, 1)
+        target = b.address(packed, b.multiply(line, ROW_BYTES), "i8")
+        b.repeat(
+            operand.k_tiles,
+            1,
+            lambda step: b.store(
+                _row_line(b, operand, source, step), _tile(b, operand, target, group, step), align=ROW_BYTES
+            ),
+        )
+
+    b.repeat(operand.groups, 1, lambda group: b.repeat(TILE, 1, lambda line: row(group, line)))
 
 
 def _each_tile(

@@ -1,8 +1,10 @@
-"""The style of every tl.dot: AMX tiles where the CPU has them and the shape fills them, else vectors."""
+"""The style of every tl.dot: AMX tiles where the CPU has them and they take the elements, else vectors.
+
+Tiles are no slower for one row of A than vectors are: either waits for the memory that B streams from."""
 
 from __future__ import annotations
 
-from moecc.codegen.x86.amx import TilePlan, fits_tiles
+from moecc.codegen.x86.amx import plan_tiles
 from moecc.codegen.x86.dot_shape import DotPlan, DotShape, Over
 from moecc.codegen.x86.errors import UnsupportedError
 from moecc.codegen.x86.features import Level
@@ -18,9 +20,9 @@ def plan_dot(shape: DotShape, level: Level, *, a_over: Over, b_over: Over) -> Do
     elements that no dot takes.
     """
     _check_elements(shape)
-    if level.amx and fits_tiles(shape) and _prefers_tiles(shape):
-        b_first = _b_first(shape, a_over, b_over)
-        return TilePlan(shape=shape, a_over=a_over, b_over=b_over, b_first=b_first)
+    tiles = plan_tiles(shape, a_over=a_over, b_over=b_over) if level.amx else None
+    if tiles is not None:
+        return tiles
     if a_over == b_over == "outer" and shape.m <= INNER_ROWS:
         return InnerPlan(shape=shape, a_over=a_over, b_over=b_over, vector_bytes=level.vector_bytes)
     return OuterPlan(shape=shape, a_over=a_over, b_over=b_over, vector_bytes=level.vector_bytes)
@@ -29,23 +31,9 @@ def plan_dot(shape: DotShape, level: Level, *, a_over: Over, b_over: Over) -> Do
 def _check_elements(shape: DotShape) -> None:
     integers = shape.a == shape.b == "i8" and shape.accumulator == "i32"
     doubles = shape.a == shape.b == shape.accumulator == "f64"
-    floats = {shape.a, shape.b} <= set(_FLOATS) and shape.accumulator in ("f32", "f16", "bf16")
+    floats = {shape.a, shape.b} <= set(_FLOATS) and shape.accumulator in ("f32", "f16")
     if not (integers or doubles or floats):
         raise UnsupportedError(
             f"a dot of {shape.a} by {shape.b} into {shape.accumulator}",
             hint="floats add in fp32 (or out_dtype fp16), fp64 in fp64, int8 in int32",
         )
-
-
-def _prefers_tiles(shape: DotShape) -> bool:
-    return True
-
-
-def _b_first(shape: DotShape, a_over: Over, b_over: Over) -> bool:
-    """Whether B is the operand that tiles read as it lies: one with k contiguous, and of two the larger."""
-    a_size, b_size = shape.m, shape.n
-    if a_size < 16 or b_size < 16:
-        return b_size >= a_size
-    if a_over != b_over:
-        return b_over == "outer"
-    return b_size >= a_size if b_over == "outer" else b_size < a_size

@@ -79,17 +79,22 @@ def transpose(b: Builder, rows: Sequence[V], lane: str) -> list[V]:
     """The columns of a square in memory: `rows` are its row addresses, one for each lane of a vector.
 
     128-bit pieces of the rows are gathered by loads, which leaves only the steps within those pieces to the one port
-    that shuffles: half of a transposition.
+    that shuffles: half of a transposition. Rows a power of two apart share a cache set: a few are read at a time.
     """
     lanes, piece = len(rows), min(len(rows), 16 // BYTES[lane])
-    columns: list[V] = []
-    for column in range(0, lanes, piece):
-        gathered = [
+    columns = range(0, lanes, piece)
+    gathered = [
+        [
             _gather(b, [b.address(row, column, lane) for row in rows[i::piece]], piece, lane)
-            for i in range(piece)
+            for column in columns
         ]
-        columns += _transpose_pieces(b, gathered, piece)
-    return columns
+        for i in range(piece)
+    ]
+    return [
+        line
+        for part in range(len(columns))
+        for line in _transpose_pieces(b, [g[part] for g in gathered], piece)
+    ]
 
 
 def _gather(b: Builder, places: Sequence[V], piece: int, lane: str) -> V:
