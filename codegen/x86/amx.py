@@ -25,6 +25,9 @@ from moecc.codegen.x86.dot_shape import DotPlan, DotShape, Over, Rows, call, def
 from moecc.codegen.x86.pack import transpose, widen
 from moecc.codegen.x86.types import LLVM_TYPES
 
+ONE_PASS_GROUPS = 4
+"""As many groups of Q fill the registers beside one of P, which is then read from memory in one even stream."""
+
 STREAMED_COLUMNS = 256
 """Up to as many columns of Q, to copy P into tiles costs more than to read it again from rows far apart."""
 
@@ -212,7 +215,7 @@ def _tile_from_rows(b: Builder, plan: TilePlan, groups: tuple[Index, Index], t: 
 
 def _multiply(b: Builder, plan: TilePlan, p: V, q: V, t: V) -> None:
     """Blocks of tiles of T, P's outermost so that it is read once from memory; all of k within the tile registers."""
-    p_block = min(2, plan.p.groups)
+    p_block = 1 if plan.q.groups == ONE_PASS_GROUPS and not plan.copies else min(2, plan.p.groups)
     q_block = min(2 if p_block == 2 else 4, plan.q.groups)
     b.repeat(
         plan.p.groups,
@@ -240,9 +243,9 @@ def _multiply_block(
     spare = range(len(sums) + p_block, 8)
     q_registers = [spare[j % len(spare)] for j in range(q_block)]
     p_step = TILE_BYTES if plan.copies else ROW_BYTES
-    ahead = (
-        _next_streams(b, plan, p_first, p_block, p) if plan.q.groups <= q_block and not plan.copies else []
-    )
+    rounds = plan.q.groups // q_block
+    ahead = [] if plan.copies else _next_streams(b, plan, p_first, p_block, p)
+    lines = max(1, TILE * p_block // rounds)
     product = "tdpbssd" if plan.shape.lane == "i32" else "tdpbf16ps"
 
     def step(k: Index) -> None:
@@ -255,8 +258,9 @@ def _multiply_block(
                 registers = (i * q_block + j, p_registers[i], q_registers[j])
                 b.call(f"llvm.x86.{product}", "void", *[V(str(r), "i8") for r in registers])
 
-        for start, stride in ahead:
-            _prefetch_tile(b, b.address(start, b.multiply(k, ROW_BYTES), "i8"), stride)
+        if ahead:
+            turn = b.add(b.multiply(b.divide(q_first, q_block), plan.p.k_tiles), k)
+            _prefetch_lines(b, plan, ahead, b.multiply(turn, lines), lines)
 
     b.repeat(plan.p.k_tiles, 1, step)
     for register, tile in enumerate(tiles):
@@ -275,14 +279,32 @@ def _next_streams(b: Builder, plan: TilePlan, first: Index, block: int, p: V) ->
     return [_p_stream(b, plan, b.add(following, i), p) for i in range(block)]
 
 
-def _prefetch_tile(b: Builder, place: V, stride: V) -> None:
-    """A tile's lines into L2: rows are too short for the hardware to learn where they go on."""
-    row: Index = 0
-    for _ in range(TILE):
-        line = b.address(place, row, "i8")
-        locality = [V("0", "i32"), V("2", "i32"), V("1", "i32")]
-        b.intrinsic("llvm.prefetch", "void", line, *locality)
-        row = b.add(row, stride)
+def _prefetch_lines(b: Builder, plan: TilePlan, streams: list[tuple[V, V]], first: Index, count: int) -> None:
+    """Into L2 the lines of the groups' rows from a number on, row by row.
+
+    While a block is multiplied the next one comes from memory: the hardware would have to learn anew where each of
+    its rows goes on.
+    """
+    per_row = plan.p.k_tiles
+    for part in range(max(1, count // per_row)):
+        number = b.add(first, part * per_row)
+        row, line = b.divide(number, per_row), b.remainder(number, per_row)
+        start, stride = _stream_of(b, streams, b.divide(row, TILE))
+        place = b.address(start, b.multiply(b.remainder(row, TILE), stride), "i8")
+        place = b.address(place, b.multiply(line, ROW_BYTES), "i8")
+        for i in range(min(count, per_row)):
+            locality = [V("0", "i32"), V("2", "i32"), V("1", "i32")]
+            b.intrinsic("llvm.prefetch", "void", b.address(place, i * ROW_BYTES, "i8"), *locality)
+
+
+def _stream_of(b: Builder, streams: list[tuple[V, V]], group: Index) -> tuple[V, V]:
+    if len(streams) == 1:
+        return streams[0]
+    if isinstance(group, int):
+        return streams[group]
+    first = b.compare("icmp eq", group, V("0", "i64"))
+    (a, a_stride), (c, c_stride) = streams
+    return b.select(first, a, c), b.select(first, a_stride, c_stride)
 
 
 def _tile_load(b: Builder, register: int, place: V, stride: V) -> None:
