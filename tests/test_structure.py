@@ -69,6 +69,15 @@ def _imports(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name.split(".")[1]
 
 
+def test_the_x86_backend_stands_alone() -> None:
+    for path in sorted((ROOT / "codegen" / "x86").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert not name.startswith("moecc") or name.startswith("moecc.codegen.x86"), f"{path}: {name}"
+
+
 def test_imports_flow_one_way() -> None:
     wrong = []
     for path in _sources():

@@ -12,7 +12,7 @@ import os
 import sys
 import uuid
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from triton.backends.compiler import BaseBackend, GPUTarget, Language
@@ -120,7 +120,7 @@ class X86Backend(BaseBackend):
         if language != Language.TRITON:
             raise UnsupportedError("Gluon, which is written for GPUs,", hint="use triton.language")
         stages["ttir"] = self.make_ttir
-        stages["llvm"] = self.make_llvm
+        stages["llvm"] = partial(self.make_llvm, fuse=options.enable_fp_fusion)
         stages["llir"] = self.make_llir
         stages["so"] = self.make_so
 
@@ -132,13 +132,13 @@ class X86Backend(BaseBackend):
         _dump("ttir", module)
         return module
 
-    def make_llvm(self, module, metadata: dict) -> str:
+    def make_llvm(self, module, metadata: dict, *, fuse: bool) -> str:
         from moecc.codegen.x86.glue import UnsupportedKernelError, generic_form, parameter_count
         from moecc.codegen.x86.lower import lower_kernel
 
         text = generic_form(module, module.context)
         try:
-            lowered = lower_kernel(text, self.level)
+            lowered = lower_kernel(text, self.level, fuse=fuse)
         except UnsupportedError as error:
             raise UnsupportedKernelError(error.what, hint=error.hint, where=error.where) from None
         metadata.update(name=lowered.name, arena_bytes=lowered.arena_bytes, spins=lowered.spins)

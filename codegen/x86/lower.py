@@ -43,12 +43,15 @@ class Lowered:
     spins: bool
 
 
-def lower_kernel(text: str, level: Level) -> Lowered:
-    """UnsupportedError, located in the kernel's source, for what cannot be compiled."""
+def lower_kernel(text: str, level: Level, *, fuse: bool = True) -> Lowered:
+    """`fuse`: a product may be added to something without being rounded first.
+
+    UnsupportedError, located in the kernel's source, for what cannot be compiled.
+    """
     module_op = parse_module(text)
     functions = {str(op.attributes["sym_name"]): op for op in module_op.body().ops}
     (kernel,) = (op for op in functions.values() if op.attributes.get("sym_visibility") == "public")
-    module, arena = Module(avx512=level.vector_bytes == 64), Arena()
+    module, arena = Module(avx512=level.vector_bytes == 64, fuse=fuse), Arena()
     for op in functions.values():
         rewrite_exchanges(op, level.lanes)
         plan = make_plan(op, INLINE, COSTLY)
