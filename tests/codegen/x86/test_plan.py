@@ -88,7 +88,8 @@ def test_pointers_that_a_loop_moves_on_are_one_number() -> None:
     (loop,) = (op for op in kernel.walk() if op.name == "scf.for")
     counter, carried = loop.body().arguments
     shift = shift_of(carried)
-    assert shift is not None and shift.initial.name == "%a" and shift.increment.name == "%by"
+    assert shift is not None
+    assert (shift.initial.name, shift.increment.name) == ("%a", "%by")
     assert shift_of(counter) is None
     assert step(carried, 0) == 1
 
