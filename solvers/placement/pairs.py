@@ -17,8 +17,6 @@ from moecc.solvers.placement.search import TOLERANCE, Clock, Found
 
 UNITS = 16
 """Most units of a window: 12,870 ways to split them."""
-CELLS = 1 << 19
-"""Most ways x rows of the load table that are priced at once."""
 IDLE = 7
 """Windows without gain, per device, that end a search."""
 
@@ -72,18 +70,13 @@ def even_pairs(
     while best.cost > floor + TOLERANCE and idle < IDLE * table.devices and not clock.passed(until):
         idle += 1
         a, b = (int(d) for d in rng.choice(table.devices, 2, replace=False))
-        here, there = window(experts, device_of, a, b, widest(len(loads.sums)), rng)
+        here, there = window(experts, device_of, a, b, UNITS, rng)
         if not _split(loads, device_of, here, there):
             continue
         if loads.imbalance < best.cost - TOLERANCE:
             best = Found(device_of=device_of.copy(), cost=loads.imbalance, imbalance=loads.imbalance)
             idle = 0
     return best
-
-
-def widest(rows: int) -> int:
-    """Units of a window, even, that a load table of so many rows allows."""
-    return max(n for n in range(2, UNITS + 1, 2) if n == 2 or len(splits(n // 2, n // 2)) * rows <= CELLS)
 
 
 def window(
@@ -107,11 +100,27 @@ def splits(left: int, right: int) -> Ints:
 
 
 def subset_sums(values: Floats) -> Floats:
-    """[rows, 2 ** units]: the sum of every bit set of values [rows, units]."""
-    sums = np.zeros((len(values), 1))
-    for column in values.T:
-        sums = np.concatenate([sums, sums + column[:, None]], axis=1)
+    """[2 ** units]: the sum of every bit set of values [units]."""
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums, sums + value])
     return sums
+
+
+def square_changes(unit: Floats, shares: Floats, apart: Floats) -> Floats:
+    """[2 ** units]: for every bit set of units on one of two devices, the others on the other, the squares of both
+    loads, summed by `shares` over the rows, less those of the empty set.
+
+    unit: [rows, units] loads; apart: [rows], the load of the one device less that of the other for the empty set. The
+    squares of a set are a quadratic form of its bits, so that the rows count once, not for every set.
+    """
+    weighted = unit * shares[:, None]
+    single, double = 2 * (apart @ weighted), 4 * (weighted.T @ unit)
+    changes = np.zeros(1)
+    for last in range(unit.shape[1]):
+        alone = single[last] + double[last, last] / 2
+        changes = np.concatenate([changes, changes + alone + subset_sums(double[:last, last])])
+    return changes
 
 
 def _split(loads: DeviceLoads, device_of: Ints, here: Ints, there: Ints) -> bool:
@@ -120,15 +129,17 @@ def _split(loads: DeviceLoads, device_of: Ints, here: Ints, there: Ints) -> bool
         return False
     a, b = int(device_of[here[0]]), int(device_of[there[0]])
     units, ways = np.concatenate([here, there]), splits(len(here), len(there))
-    left = subset_sums(loads.unit[:, units])[:, ways]
-    left += (loads.sums[:, a] - loads.unit[:, here].sum(axis=1))[:, None]
-    right = (loads.sums[:, a] + loads.sums[:, b])[:, None] - left
-    squares = loads.shares @ (left**2 + right**2)
-    best = int(squares.argmin())
-    now = loads.shares @ (loads.sums[:, a] ** 2 + loads.sums[:, b] ** 2)
-    if squares[best] >= now - TOLERANCE:
+    unit = loads.unit[:, units]
+    moved = unit[:, : len(here)].sum(axis=1)
+    # With all of the units on b.
+    left, right = loads.sums[:, a] - moved, loads.sums[:, b] + moved
+    # The lowest bits alone are the split as it stands, the first of the ways.
+    changes = square_changes(unit, loads.shares, left - right)[ways]
+    best = int(changes.argmin())
+    if changes[best] >= changes[0] - TOLERANCE:
         return False
     chosen = (ways[best] >> np.arange(len(units)) & 1).astype(bool)
     device_of[units] = np.where(chosen, a, b)
-    loads.sums[:, a], loads.sums[:, b] = left[:, best], right[:, best]
+    change = unit[:, chosen].sum(axis=1)
+    loads.sums[:, a], loads.sums[:, b] = left + change, right - change
     return True

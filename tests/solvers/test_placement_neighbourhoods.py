@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moecc.solvers.placement import PlacementProblem, identity, solve
 from moecc.solvers.placement.balance import DeviceLoads, LayerLoads
 from moecc.solvers.placement.layers import begin
-from moecc.solvers.placement.pairs import even_pairs, splits, subset_sums, widest, window
+from moecc.solvers.placement.pairs import even_pairs, splits, square_changes, window
 from moecc.solvers.placement.replicas import (
     imbalances,
     replace_replica,
@@ -59,16 +59,14 @@ def test_splits_list_every_way_once():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 7))
-def test_subset_sums_are_the_sums_of_the_subsets(seed, units):
-    values = np.random.default_rng(seed).random((2, units))
-    sums = subset_sums(values)
+def test_square_changes_are_those_of_the_subsets(seed, units):
+    rng = np.random.default_rng(seed)
+    unit, shares, left, right = rng.random((3, units)), rng.random(3), rng.random(3), 4 + rng.random(3)
+    changes = square_changes(unit, shares, left - right)
     for bits in range(1 << units):
-        members = np.flatnonzero(bits >> np.arange(units) & 1)
-        np.testing.assert_allclose(sums[:, bits], values[:, members].sum(axis=1))
-
-
-def test_windows_shrink_with_the_rows_of_the_load_table():
-    assert [widest(rows) for rows in (1, 2, 64, 10**9)] == [16, 16, 14, 2]
+        load = unit[:, np.flatnonzero(bits >> np.arange(units) & 1)].sum(axis=1)
+        squares = shares @ ((left + load) ** 2 + (right - load) ** 2)
+        assert changes[bits] == pytest.approx(squares - shares @ (left**2 + right**2), rel=1e-12, abs=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
