@@ -19,6 +19,8 @@ from moecc.errors import MoeccError
 
 # Programs that keep a large GPU busy: about two for each of the 132 SMs of an H100.
 BUSY_PROGRAMS = 256
+# Programs that keep the threads of a CPU evenly busy, which take them in chunks.
+X86_BUSY_PROGRAMS = 64
 
 
 def default_configs(shape: LayerShape, target: str) -> KernelConfigs:
@@ -32,11 +34,14 @@ def default_configs(shape: LayerShape, target: str) -> KernelConfigs:
     4. The router takes 16 tokens a program, more for many tokens; the hidden dimension is split until enough
        programs run.
     5. What does not fit the target gives up pipeline stages first, then BLOCK_K, then BLOCK_N.
+    6. On x86 a program packs its rows once for each K block and streams its columns: see `_x86_configs`.
     Raises MoeccError for a shape for which nothing fits, InputError for an unknown target.
     """
     limits = find_target(target)
     if limits.backend == "interpret":
         return _interpreter_configs(shape)
+    if limits.backend == "x86":
+        return _x86_configs(shape)
     block_m = min(max(_power_of_two_from(shape.rows_per_expert), 16), 128)
     configs = KernelConfigs(
         router=_router_config(shape, limits),
@@ -113,6 +118,45 @@ def _interpreter_configs(shape: LayerShape) -> KernelConfigs:
         gate_up=gemm(shape.intermediate, shape.hidden),
         down=gemm(shape.hidden, shape.intermediate),
         combine=CombineConfig(fused_tokens=32, block_t=64, block_h=2048),
+    )
+
+
+def _x86_configs(shape: LayerShape) -> KernelConfigs:
+    """Weights stream from memory as they lie, whole K blocks of a row at a time; only a program's own rows are packed.
+
+    Row tiles hold what an expert expects, 8 to 64 rows (a tile register holds 16, two pairs of them 32 x 32). Columns
+    are as many as leave enough programs. Neighbours in the grid are row tiles of one column block: those of one expert
+    follow each other and find its weights in the second cache.
+    """
+    block_m = min(max(_power_of_two_from(shape.rows_per_expert), 8), 64)
+
+    def gemm(columns: int, reduced: int, largest: int) -> GemmConfig:
+        rows = shape.tokens * shape.top_k
+        tiles = min(rows, shape.slots or shape.experts) + rows // block_m
+        block_n = min(largest, max(_power_of_two_from(columns), 16))
+        while block_n > 32 and tiles * -(-columns // block_n) < X86_BUSY_PROGRAMS:
+            block_n //= 2
+        return GemmConfig(
+            block_m=block_m,
+            block_n=block_n,
+            block_k=_dividing_block(reduced, 2048),
+            group_m=64,
+            num_warps=1,
+            num_stages=1,
+        )
+
+    block_t = min(_power_of_two_from(shape.tokens), 16)
+    return KernelConfigs(
+        router=RouterConfig(
+            block_t=block_t,
+            block_h=_dividing_block(shape.hidden, 2048),
+            split_h=1,
+            num_warps=1,
+            num_stages=1,
+        ),
+        gate_up=gemm(shape.intermediate, shape.hidden, 256),
+        down=gemm(shape.hidden, shape.intermediate, 512),
+        combine=CombineConfig(block_t=1, block_h=min(_power_of_two_from(shape.hidden), 4096), num_warps=1),
     )
 
 

@@ -18,7 +18,7 @@ from moecc.errors import InputError, MoeccError
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledKernel:
-    """One kernel's assembly and binary; `assembly_suffix` is ptx or amdgcn, `binary_suffix` cubin or hsaco."""
+    """One kernel's assembly and binary; `assembly_suffix` is ptx, amdgcn or s, `binary_suffix` cubin, hsaco or so."""
 
     name: str
     target: str

@@ -16,7 +16,7 @@ from moecc.codegen.kernels.down import combine_kernel, down_kernel
 from moecc.codegen.kernels.gate_up import gate_up_kernel
 from moecc.codegen.kernels.plan import plan_kernel, scatter_kernel
 from moecc.codegen.kernels.router import router_kernel
-from moecc.codegen.resources import read_resources
+from moecc.codegen.resources import read_resources, read_x86_resources
 from moecc.codegen.switches import freeze_configs, freeze_layer
 from moecc.codegen.targets import Target, find_target
 
@@ -28,6 +28,7 @@ KERNELS = {
     "down": down_kernel,
     "combine": combine_kernel,
 }
+SUFFIXES = {"cuda": ("ptx", "cubin"), "hip": ("amdgcn", "hsaco"), "x86": ("s", "so")}
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 FLOAT32_POINTERS = {"topk_weights_ptr", "logits_ptr", "correction_bias_ptr"}
 FLOAT_POINTERS = {
@@ -85,8 +86,9 @@ def _compile(name: str, constants: Constants, dtype: str, target: Target) -> Com
         target=GPUTarget(target.backend, target.arch, target.warp_size),
         options=options,
     )
-    suffixes = ("ptx", "cubin") if target.backend == "cuda" else ("amdgcn", "hsaco")
-    assembly, binary = (compiled.asm[suffix] for suffix in suffixes)
+    suffixes = SUFFIXES[target.backend]
+    binary = compiled.asm[suffixes[1]]
+    assembly = _x86_assembly(compiled, target) if target.backend == "x86" else compiled.asm[suffixes[0]]
     return CompiledKernel(
         name=name,
         target=target.name,
@@ -94,10 +96,20 @@ def _compile(name: str, constants: Constants, dtype: str, target: Target) -> Com
         assembly_suffix=suffixes[0],
         binary=binary,
         binary_suffix=suffixes[1],
-        resources=read_resources(
+        resources=read_x86_resources(assembly, arena_bytes=compiled.metadata.arena_bytes)
+        if target.backend == "x86"
+        else read_resources(
             assembly, binary, shared_bytes=compiled.metadata.shared, num_warps=compiled.metadata.num_warps
         ),
     )
+
+
+def _x86_assembly(compiled: Any, target: Target) -> str:
+    from moecc.codegen.x86.features import LEVELS
+    from moecc.codegen.x86.glue import machine_code
+
+    level = LEVELS[str(target.arch)]
+    return str(machine_code(compiled.asm["llir"], level.cpu, level.llvm, assembly=True))
 
 
 def _argument_type(argument: str, dtype: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,10 +117,15 @@ def tile_shared_bytes(
 ) -> int:
     """Shared memory in bytes of a pipelined loop that multiplies [rows, reduced] by [reduced, columns].
 
+    On x86: what the packed operands and the sums of one step take of the caches, an estimate.
     One buffer per stage; where the dot reads its operands from registers (rows below `wgmma_rows`, or float32,
     which no matrix unit multiplies exactly) the last stage needs none. `columns` counts both halves of a step
     with two dots. tcgen05 adds a barrier of 16 bytes a dot.
     """
+    if target.backend == "x86":
+        # Rows packed once, columns read where they lie (a copy of them past 32 rows); sums in fp32.
+        packed = (max(rows, 16) + (columns if rows > 32 else 0)) * reduced * DTYPE_BYTES[dtype]
+        return packed + max(rows, 16) * columns * 4
     from_shared = target.wgmma_rows and rows >= target.wgmma_rows and dtype != "float32"
     buffers = max(stages - (not from_shared), 1)
     barriers = 16 * dots if from_shared and target.name == "sm_100" else 0
@@ -168,23 +174,37 @@ def _why_invalid_gemm(
 ) -> str | None:
     if config.num_warps > target.max_warps:
         return f"{kernel} num_warps {config.num_warps} is larger than {target.max_warps}"
-    for name in ("block_m", "block_n", "block_k"):
-        if getattr(config, name) < 16:
-            return f"{kernel} {name} {getattr(config, name)} is smaller than 16, the least a dot takes"
+    if problem := _why_too_small(kernel, config, ("block_m", "block_n", "block_k"), target):
+        return problem
     if target.backend == "interpret":
         return None
     shared = gemm_shared_bytes(config, weights=weights, dtype=shape.dtype, target=target)
     if shared > target.shared_bytes:
-        return f"{kernel} needs {shared} bytes of shared memory of {target.shared_bytes}"
+        return f"{kernel} needs {shared} bytes of {_memory(target)} of {target.shared_bytes}"
     return None
+
+
+def _why_too_small(
+    kernel: str, config: GemmConfig | RouterConfig, names: Sequence[str], target: Target
+) -> str | None:
+    """Vectors of one lane are dots too on x86, and one row is what decoding has."""
+    if target.backend == "x86":
+        return None
+    for name in names:
+        if getattr(config, name) < 16:
+            return f"{kernel} {name} {getattr(config, name)} is smaller than 16, the least a dot takes"
+    return None
+
+
+def _memory(target: Target) -> str:
+    return "cache" if target.backend == "x86" else "shared memory"
 
 
 def _why_invalid_router(config: RouterConfig, shape: LayerShape, target: Target) -> str | None:
     if config.num_warps > target.max_warps:
         return f"router num_warps {config.num_warps} is larger than {target.max_warps}"
-    for name in ("block_t", "block_h"):
-        if getattr(config, name) < 16:
-            return f"router {name} {getattr(config, name)} is smaller than 16, the least a dot takes"
+    if problem := _why_too_small("router", config, ("block_t", "block_h"), target):
+        return problem
     blocks = -(-shape.hidden // config.block_h)
     if config.split_h > 1 and (config.split_h - 1) * -(-blocks // config.split_h) >= blocks:
         return f"router split_h {config.split_h} leaves a program without a block of hidden {shape.hidden}"
@@ -197,7 +217,7 @@ def _why_invalid_router(config: RouterConfig, shape: LayerShape, target: Target)
         target=target,
     )
     if shared > target.shared_bytes:
-        return f"router needs {shared} bytes of shared memory of {target.shared_bytes}"
+        return f"router needs {shared} bytes of {_memory(target)} of {target.shared_bytes}"
     return None
 
 

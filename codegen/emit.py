@@ -74,7 +74,8 @@ def _docstring(shape: LayerShape, configs: Mapping[str, KernelConfigs], name: st
         *(f"    {target}: {kernels}" for target, kernels in counts.items()),
         "",
         "forward(x, weights) runs the layer, route(x, weights) its router, experts(x, topk_ids, topk_weights, "
-        "weights) its experts for a routing made elsewhere; see Launcher. Without a GPU set TRITON_INTERPRET=1.",
+        "weights) its experts for a routing made elsewhere; see Launcher. Without a GPU they run on CPU tensors where "
+        "moecc is installed, or with TRITON_INTERPRET=1.",
         '"""',
     ]
     wrapped = [textwrap.fill(line, LINE_LENGTH, subsequent_indent="", drop_whitespace=True) for line in lines]

@@ -113,7 +113,7 @@ def kernel_constants(
 ) -> dict[str, Constants]:
     """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token.
 
-    backend: cuda, hip or interpret. sort: the router plans the tiles too.
+    backend: cuda, hip, x86 or interpret. sort: the router plans the tiles too.
     """
     common = {"HIDDEN": layer.hidden, "BACKEND": backend}
     sizes = {"NUM_EXPERTS": experts, "TOP_K": slots}

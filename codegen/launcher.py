@@ -220,7 +220,7 @@ class Launcher:
 
     def _zero_counters(self, device: torch.device, count: int) -> torch.Tensor:
         """Counters that are zero now; kernels leave them so, and launches on one stream share them."""
-        # A capture only records the memset, and the host's interpreter may have stopped inside a kernel.
+        # A capture only records the memset, and on the host a kernel may have stopped inside.
         if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
             return torch.zeros(count, dtype=torch.int32, device=device)
         key = (device, torch.cuda.current_stream(device).cuda_stream)
@@ -244,9 +244,12 @@ class Launcher:
     def _target(self, device: torch.device) -> str:
         if not isinstance(router_kernel, triton.JITFunction):
             target = "interpret"
+        elif device.type == "cpu" and _runs_on_x86():
+            target = "x86"
         elif device.type != "cuda":
             raise RuntimeError(
-                f"no kernels for device {device}: set TRITON_INTERPRET=1 to interpret them there"
+                f"no kernels for device {device}: set TRITON_DEFAULT_BACKEND=x86 where moecc is installed, or "
+                "TRITON_INTERPRET=1 to interpret them there"
             )
         elif torch.version.hip:
             target = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
@@ -264,8 +267,13 @@ class Launcher:
         return x.reshape(-1, self.layer.hidden).contiguous()
 
 
+def _runs_on_x86() -> bool:
+    """Whether Triton's driver is moecc's backend for CPU tensors."""
+    return bool(triton.runtime.driver.active.get_current_target().backend == "x86")
+
+
 def _backend(target: str) -> str:
-    if target == "interpret":
+    if target in ("interpret", "x86"):
         return target
     return "hip" if target.startswith("gfx") else "cuda"
 

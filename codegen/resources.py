@@ -16,31 +16,34 @@ MATRIX_INSTRUCTIONS = {
     "wgmma": "wgmma.mma_async",
     "mma": "mma.sync",
     "mfma": "v_mfma_",
+    "amx": "tdpbf16ps",
 }
 _MULTIPLIES = (
-    re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"),
-    re.compile(r"\b(FFMA2?|v_(pk_)?fmac?_f32\w*)\b"),
+    re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*|tdpbf16ps)"),
+    re.compile(r"\b(FFMA2?|v_(pk_)?fmac?_f32\w*|vfmadd\w+ps)\b"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one program occupies, read from the binary and not estimated.
+    """What one program occupies, read from the binary and not estimated; None where the target has no such thing.
 
     registers: per thread (on AMD vector and accumulation registers together).
     spill_bytes: memory of one thread for what found no register (AMD's scalar registers spill into vector
     registers, which is not memory).
     loop_instructions: machine instructions of the innermost loop that multiplies the most, 0 without one or where
     the compiler unrolled it entirely.
-    matrix_instruction: tcgen05, wgmma, mma, mfma, or empty.
+    matrix_instruction: tcgen05, wgmma, mma, mfma, amx, or empty.
+    arena_bytes: on x86, memory of one thread for tiles that are large.
     """
 
-    registers: int
-    shared_bytes: int
-    spill_bytes: int
+    registers: int | None = None
+    shared_bytes: int | None = None
+    spill_bytes: int | None = None
     loop_instructions: int
     matrix_instruction: str
-    num_warps: int
+    num_warps: int | None = None
+    arena_bytes: int | None = None
 
 
 def read_resources(assembly: str, binary: bytes, *, shared_bytes: int, num_warps: int) -> Resources:
@@ -64,9 +67,22 @@ def read_resources(assembly: str, binary: bytes, *, shared_bytes: int, num_warps
         shared_bytes=shared_bytes,
         spill_bytes=spill_bytes,
         loop_instructions=count_loop_instructions(listing),
-        matrix_instruction=next((name for name, text in MATRIX_INSTRUCTIONS.items() if text in assembly), ""),
+        matrix_instruction=_matrix_instruction(assembly),
         num_warps=num_warps,
     )
+
+
+def read_x86_resources(assembly: str, *, arena_bytes: int) -> Resources:
+    """The resources of x86 assembly. Spills are not told apart from tiles on the stack, so they are not counted."""
+    return Resources(
+        loop_instructions=count_loop_instructions(assembly),
+        matrix_instruction=_matrix_instruction(assembly),
+        arena_bytes=arena_bytes,
+    )
+
+
+def _matrix_instruction(assembly: str) -> str:
+    return next((name for name, text in MATRIX_INSTRUCTIONS.items() if text in assembly), "")
 
 
 def count_loop_instructions(listing: str) -> int:
@@ -110,7 +126,7 @@ def _parse_listing(listing: str) -> tuple[list[str], dict[str, int]]:
         label = re.match(r"(\.L\w+):", line)
         if label:
             labels[label[1]] = len(instructions)
-        elif re.match(r"\s+(/\*[0-9a-f]+\*/\s+\S|[a-z]+_\w+)", line):
+        elif re.match(r"\s+(/\*[0-9a-f]+\*/\s+\S|[a-z]+_\w+|[a-z]\w*\s*$|[a-z]\w*\t)", line):
             instructions.append(line)
     return instructions, labels
 

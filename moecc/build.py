@@ -16,6 +16,7 @@ from moecc.codegen.switches import freeze_configs, freeze_layer
 from moecc.ir.core import Function, Module
 from moecc.ir.types import DTYPE_BYTES
 
+HOSTS = ("x86", "interpret")
 WORKERS = 2  # compiler processes at once, about 0.5 GB each
 
 
@@ -30,14 +31,15 @@ class BuiltKernels:
 def build_kernels(
     sets: Sequence[KernelSet], targets: Sequence[str], progress: Callable[[str, int, int], None]
 ) -> BuiltKernels:
-    """Emits every set with the default configs of the targets and of the interpreter, and compiles it for each target.
+    """Emits every set with the default configs of the targets, of x86 and of the interpreter, which run it where no
+    GPU is, and compiles it for each target.
 
     Raises InputError for a shape that a target cannot run, MoeccError where Triton fails.
     """
     built = BuiltKernels()
     jobs: list[tuple[KernelSet, Job]] = []
     for kernels in sets:
-        configs = {target: default_configs(kernels.shape, target) for target in (*targets, "interpret")}
+        configs = {target: default_configs(kernels.shape, target) for target in (*targets, *HOSTS)}
         built.files[kernels.file] = emit_module(kernels.shape, configs, kernels.name)
         for target in targets:
             sequence = kernel_sequence(freeze_configs(configs[target]), kernels.shape.expert_tokens)

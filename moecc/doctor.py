@@ -19,15 +19,10 @@ def examine() -> dict[str, str | list[str]]:
     import torch
 
     from moecc.codegen.targets import COMPILED_TARGETS
-    from moecc.runtime.load import best_device
+    from moecc.runtime.load import x86_level
 
-    device, backend = best_device()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    running = (
-        f"natively on {gpus[0]} ({backend})"
-        if device == "cuda"
-        else "through Triton's interpreter on the CPU"
-    )
+    level = x86_level()
     missing = [f"{name} ({use})" for name, use in OPTIONAL.items() if find_spec(name) is None]
     return {
         "python": platform.python_version(),
@@ -36,10 +31,19 @@ def examine() -> dict[str, str | list[str]]:
         "memory": f"{_memory_gb():.1f} GB",
         "gpus": gpus or ["none"],
         "compiles for": list(COMPILED_TARGETS),
-        "runs kernels": running,
+        "x86 level": level or "none",
+        "runs kernels": _runs_kernels(gpus, level),
         "c compiler": shutil.which("gcc") or shutil.which("cc") or "none",
         "missing extras": missing or ["none"],
     }
+
+
+def _runs_kernels(gpus: list[str], level: str) -> str:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "through Triton's interpreter (TRITON_INTERPRET=1)"
+    if gpus:
+        return f"natively on {gpus[0]}"
+    return f"natively on the CPU ({level})" if level else "not at all; TRITON_INTERPRET=1 interprets them"
 
 
 def _cpu_features() -> list[str]:

@@ -27,7 +27,9 @@ def run_command(
         typer.echo(json.dumps(result.to_json()))
     else:
         ranks = f" on {result.devices} ranks in turn" if result.devices > 1 else ""
-        where = "Triton's interpreter on the host" if result.backend == "interpreter" else result.device
+        where = {"interpret": "Triton's interpreter on the host", "x86": "native on the CPU"}.get(
+            result.backend, result.device
+        )
         typer.echo(f"{result.function}: {result.tokens} tokens{ranks}, {result.time_ms:.1f} ms ({where})")
     if result.passed is None or as_json:
         _fail_unless(result.passed)

@@ -96,13 +96,17 @@ def _kernels(kernels: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             f"{row['set']}.{row['kernel']}",
             row["target"],
-            str(row["registers"]),
-            f"{row['shared_bytes'] / 1024:.1f}",
-            str(row["spill_bytes"]),
+            _or_dash(row["registers"]),
+            "-" if row["shared_bytes"] is None else f"{row['shared_bytes'] / 1024:.1f}",
+            _or_dash(row["spill_bytes"]),
             str(row["loop_instructions"] or "-"),
             row["matrix_instruction"],
         )
     return table
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _memory(memory: Mapping[str, Any], serving: Mapping[str, Any]) -> Table:

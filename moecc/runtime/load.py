@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +19,32 @@ if TYPE_CHECKING:
 
 Weights = Mapping[str, "Tensor"]  # by name, as emitted modules take them
 
-_SWITCH = "TRITON_INTERPRET"
-
 
 def best_device() -> tuple[str, str]:
-    """(torch device, backend): a GPU where there is one, else Triton's interpreter on the host."""
+    """(torch device, backend): a GPU where there is one, else the CPU, natively. TRITON_INTERPRET=1 interprets.
+
+    Raises MoeccError where no backend can run kernels.
+    """
     import torch
 
-    if torch.cuda.is_available() and os.environ.get(_SWITCH) != "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu", "interpret"
+    if torch.cuda.is_available():
         return "cuda", "hip" if torch.version.hip else "cuda"
-    return "cpu", "interpreter"
+    if not x86_level():
+        raise MoeccError(
+            "no GPU is here, and the CPU lacks AVX2",
+            hint="TRITON_INTERPRET=1 runs kernels in Triton's interpreter",
+        )
+    return "cpu", "x86"
+
+
+def x86_level() -> str:
+    """The best level of instructions that kernels can use on this CPU (avx2, avx512 or amx), empty if none."""
+    from moecc.codegen.x86.features import LEVELS, amx_permitted, supported_levels
+
+    levels = [name for name in supported_levels() if not LEVELS[name].amx or amx_permitted()]
+    return levels[-1] if levels else ""
 
 
 def free_bytes(device: str) -> int:
@@ -50,59 +65,41 @@ def _host_free_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@contextmanager
-def _interpreting(wanted: bool) -> Iterator[None]:
-    """Triton reads the switch when it decorates a kernel and when it launches one."""
-    before = os.environ.get(_SWITCH)
-    if wanted:
-        os.environ[_SWITCH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_SWITCH, None)
-        else:
-            os.environ[_SWITCH] = before
-
-
 @dataclass(frozen=True)
 class Kernels:
-    """One emitted module, loaded: its functions, called with the interpreter switched on where it is needed."""
+    """One emitted module, loaded: its functions, and the target whose configs it runs with."""
 
     module: Any
-    interpreted: bool
+    target: str
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        with _interpreting(self.interpreted):
-            out: Tensor = self.module.forward(x, weights)
+        out: Tensor = self.module.forward(x, weights)
         return out
 
     def route(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        with _interpreting(self.interpreted):
-            ids, topk_weights = self.module.route(x, weights)
+        ids, topk_weights = self.module.route(x, weights)
         return ids, topk_weights
 
     def experts(self, x: Tensor, ids: Tensor, topk_weights: Tensor, weights: Weights) -> Tensor:
-        with _interpreting(self.interpreted):
-            out: Tensor = self.module.experts(x, ids, topk_weights, weights)
+        out: Tensor = self.module.experts(x, ids, topk_weights, weights)
         return out
 
     def launches(self, tokens: int) -> tuple[str, ...]:
         return tuple(self.module.launches(tokens, self.target))
 
-    @property
-    def target(self) -> str:
-        if self.interpreted:
-            return "interpret"
-        import torch
 
-        if torch.version.hip:
-            return str(torch.cuda.get_device_properties(0).gcnArchName.split(":")[0])
+def _target(backend: str) -> str:
+    import torch
+
+    if backend == "hip":
+        return str(torch.cuda.get_device_properties(0).gcnArchName.split(":")[0])
+    if backend == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return backend
 
 
-def load_kernels(artifact: Artifact, kernels: KernelSet, device: str) -> Kernels:
-    """Imports the set's module from the artifact. Raises MoeccError where the artifact has no code for the device."""
+def load_kernels(artifact: Artifact, kernels: KernelSet, backend: str) -> Kernels:
+    """Imports the set's module from the artifact. Raises MoeccError where the artifact has no code for the backend."""
     path = artifact.folder / kernels.file
     digest = artifact.manifest["files"].get(kernels.file)
     if digest is None:
@@ -112,6 +109,10 @@ def load_kernels(artifact: Artifact, kernels: KernelSet, device: str) -> Kernels
         raise MoeccError("cannot be imported", where=str(path), hint="compile again")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up while it is executed
-    with _interpreting(device == "cpu"):
-        spec.loader.exec_module(module)
-    return Kernels(module, interpreted=device == "cpu")
+    spec.loader.exec_module(module)
+    target = _target(backend)
+    if target not in module.CONFIGS:
+        raise MoeccError(
+            f"has no kernels for {target}", where=str(path), hint=f"compile again with --target {target}"
+        )
+    return Kernels(module, target)

@@ -100,11 +100,12 @@ def run_artifact(artifact: Artifact, *, tokens: int, check: bool, seed: int = 0)
             raise InputError(f"{value} is out of range", where=flag, hint=f"it must be in [{low}, {high}]")
     device, backend = best_device()
     generator = torch.Generator().manual_seed(seed)
-    layer = _load_layer(artifact, tokens, device, generator)
+    layer = _load_layer(artifact, tokens, (device, backend), generator)
     dtype = getattr(torch, layer.shape.dtype)
     x = torch.randn(tokens, layer.shape.hidden, generator=generator).to(dtype).to(device)
+    if backend != "interpret":
+        _forward(layer, x)  # compiles
     if device == "cuda":
-        _forward(layer, x)
         torch.cuda.synchronize()
     start = time.perf_counter()
     done = _forward(layer, x)
@@ -122,7 +123,8 @@ def run_artifact(artifact: Artifact, *, tokens: int, check: bool, seed: int = 0)
     return _checked(result, layer, x, done) if check else result
 
 
-def _load_layer(artifact: Artifact, tokens: int, device: str, generator: Any) -> Layer:
+def _load_layer(artifact: Artifact, tokens: int, where: tuple[str, str], generator: Any) -> Layer:
+    device, backend = where
     final = max((name for name in artifact.manifest["files"] if name.startswith("ir/")), default="")
     if not final:
         raise InputError("the artifact holds no IR", where=str(artifact.folder), hint="compile again")
@@ -137,12 +139,12 @@ def _load_layer(artifact: Artifact, tokens: int, device: str, generator: Any) ->
     if apart:
         shared_weights = random_weights(apart.shape, generator, device)
         shared = Shared(
-            kernels=load_kernels(artifact, apart, device), shape=apart.shape, weights=shared_weights
+            kernels=load_kernels(artifact, apart, backend), shape=apart.shape, weights=shared_weights
         )
     return Layer(
         function=function,
         shape=kernels.shape,
-        kernels=load_kernels(artifact, kernels, device),
+        kernels=load_kernels(artifact, kernels, backend),
         weights=weights,
         shared=shared,
         ranks=Ranks.of(module.attributes["placement"], weights) if distributed else None,

@@ -55,6 +55,7 @@ MODELS = {
         tokens=1, hidden=4096, intermediate=14336, experts=8, top_k=2, router=Router(normalize=True)
     ),
 }
+GPU_TARGETS = tuple(name for name in COMPILED_TARGETS if name != "x86")
 DECODE, PREFILL = 64, 4096
 # Every model, every target and both phases once; the rest of the product is marked slow.
 QUICK = {
@@ -67,7 +68,7 @@ QUICK = {
     ("mixtral", "sm_100", PREFILL),
     ("mixtral", "sm_80", DECODE),
 }
-ALL = list(itertools.product(MODELS, COMPILED_TARGETS, (DECODE, PREFILL)))
+ALL = list(itertools.product(MODELS, GPU_TARGETS, (DECODE, PREFILL)))
 
 
 def compile_defaults(model: str, target: str, tokens: int):
@@ -121,7 +122,7 @@ def expected_instruction(target: str, config: GemmConfig) -> str:
     return large if config.block_m >= 64 else "mma"
 
 
-@pytest.mark.parametrize("target", COMPILED_TARGETS)
+@pytest.mark.parametrize("target", GPU_TARGETS)
 def test_shared_memory_is_predicted_exactly(target):
     """Off the defaults too: tiles, stages and types that a search would try."""
     shape = replace(MODELS["qwen3-30b"], tokens=64)
@@ -145,6 +146,26 @@ def test_shared_memory_is_predicted_exactly(target):
                 job.configs.gate_up, weights=weights, dtype=job.shape.dtype, target=TARGETS[target]
             )
             assert kernel.resources.shared_bytes == predicted, (kernel.name, job.configs.gate_up)
+
+
+@pytest.mark.parametrize("tokens", [DECODE, PREFILL])
+def test_x86_kernels_are_libraries_that_multiply_tiles(tokens):
+    """Whatever CPU compiles them; the same bytes every time."""
+    shape = replace(MODELS["qwen3-30b"], tokens=tokens)
+    job = Job(shape=shape, configs=default_configs(shape, "x86"), target="x86")
+    first, again = compile_batch([job, job])
+    assert [(kernel.assembly, kernel.binary) for kernel in first] == [
+        (kernel.assembly, kernel.binary) for kernel in again
+    ]
+    for kernel in first:
+        assert kernel.binary[:4] == b"\x7fELF"
+        assert (kernel.assembly_suffix, kernel.binary_suffix) == ("s", "so")
+        assert str(Path(__file__).parents[2]) not in kernel.assembly, "a path of this machine"
+        resources = kernel.resources
+        assert (resources.registers, resources.shared_bytes, resources.spill_bytes) == (None, None, None)
+        if kernel.name in ("gate_up", "down"):
+            assert resources.matrix_instruction == "amx"
+            assert resources.loop_instructions > 0
 
 
 def test_float32_and_given_routing_compile():
@@ -223,6 +244,15 @@ def test_the_main_loop_is_the_one_that_multiplies():
 .L_x_4:
 """
     assert count_loop_instructions(listing) == 5
+    x86 = """
+.LBB0_1:
+	tileloadd	(%rax,%rcx), %tmm1
+	tdpbf16ps	%tmm1, %tmm2, %tmm0
+	jne	.LBB0_1
+	vzeroupper
+	retq
+"""
+    assert count_loop_instructions(x86) == 3
     assert count_loop_instructions("        /*0000*/ HMMA R1, R2 ;\n        /*0010*/ EXIT ;\n") == 0
 
 

@@ -104,6 +104,23 @@ def test_lds_of_cdna3_is_the_tightest():
     )
 
 
+def test_a_cpu_takes_tiles_of_any_power_of_two_that_its_caches_hold():
+    one_row = replace(GEMM, block_m=1)
+    assert why_invalid(replace(CONFIGS, gate_up=one_row, down=one_row), SHAPE, TARGETS["x86"]) is None
+    odd = replace(CONFIGS, down=replace(GEMM, block_k=768))
+    assert why_invalid(odd, SHAPE, TARGETS["x86"]) == "down block_k 768 is not a power of two"
+    large = replace(GEMM, block_m=64, block_n=4096, block_k=2048)
+    problem = why_invalid(replace(CONFIGS, gate_up=large, down=large), SHAPE, TARGETS["x86"])
+    assert problem == "gate_up needs 35913728 bytes of cache of 8388608"
+
+
+@pytest.mark.parametrize(("tokens", "block_m"), [(1, 8), (256, 16), (512, 32), (1024, 64), (4096, 64)])
+def test_row_tiles_of_a_cpu_hold_the_expected_rows(tokens, block_m):
+    configs = default_configs(replace(SHAPE, tokens=tokens), "x86")
+    assert configs.gate_up.block_m == configs.down.block_m == block_m
+    assert (configs.gate_up.block_k, configs.down.block_k) == (2048, 256)
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -121,14 +138,11 @@ def test_impossible_shapes_are_refused(changes, problem):
 
 
 def test_targets_that_do_not_exist():
-    with pytest.raises(InputError, match="x86 is not built yet.*hint: it comes in a later release") as error:
-        find_target("x86")
-    assert error.value.exit_code == 2
     with pytest.raises(
-        InputError, match="unknown target 'sm_75'; hint: known targets: sm_80, sm_90, sm_100, gfx942"
+        InputError, match="unknown target 'sm_75'; hint: known targets: sm_80, sm_90, sm_100, gfx942, x86"
     ):
         default_configs(SHAPE, "sm_75")
-    assert COMPILED_TARGETS == ("sm_80", "sm_90", "sm_100", "gfx942")
+    assert COMPILED_TARGETS == ("sm_80", "sm_90", "sm_100", "gfx942", "x86")
 
 
 def test_the_stage_stays_light():

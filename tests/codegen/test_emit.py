@@ -61,7 +61,7 @@ def emit(shape: LayerShape, name: str, *targets: str) -> str:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_golden(name, update_golden):
-    text = emit(SHAPES[name], name, "sm_90", "gfx942", "interpret")
+    text = emit(SHAPES[name], name, "sm_90", "gfx942", "x86", "interpret")
     path = GOLDEN / f"{name}.py"
     if update_golden:
         path.write_text(text, encoding="utf-8")
@@ -72,7 +72,7 @@ def test_golden(name, update_golden):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_emitted_text_is_clean_and_stands_alone(name, tmp_path):
-    text = emit(SHAPES[name], name, "sm_80", "sm_90", "sm_100", "gfx942", "interpret")
+    text = emit(SHAPES[name], name, "sm_80", "sm_90", "sm_100", "gfx942", "x86", "interpret")
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
         for node in ast.walk(ast.parse(text))
@@ -94,11 +94,7 @@ def test_emitted_text_is_clean_and_stands_alone(name, tmp_path):
 @pytest.fixture
 def small(tmp_path):
     """The small layer as a module from a file, as the runtime loads it, and the launcher that it was made from."""
-    target = (
-        "interpret"
-        if not torch.cuda.is_available()
-        else "sm_{}{}".format(*torch.cuda.get_device_capability())
-    )
+    target = "x86" if not torch.cuda.is_available() else "sm_{}{}".format(*torch.cuda.get_device_capability())
     path = tmp_path / "small.py"
     path.write_text(emit(SMALL, "small", target))
     spec = importlib.util.spec_from_file_location("small", path)
@@ -140,7 +136,7 @@ def test_workspace_bytes_is_what_forward_allocates(tokens, small, monkeypatch):
     def counting(allocate):
         def count(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            # The interpreter allocates for itself.
+            # Triton allocates for itself.
             if sys._getframe(1).f_globals["__name__"] == "small":
                 allocated.append(tensor.numel() * tensor.itemsize)
             return tensor

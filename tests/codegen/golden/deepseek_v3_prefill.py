@@ -6,10 +6,12 @@ Router: sigmoid, best 4 of 8 groups. Activation: silu_glu.
 Launches of one forward at 4096 tokens:
     sm_90: router scatter gate_up down combine
     gfx942: router scatter gate_up down combine
+    x86: router scatter gate_up down combine
     interpret: router scatter gate_up down combine
 
 forward(x, weights) runs the layer, route(x, weights) its router, experts(x, topk_ids, topk_weights, weights)
-its experts for a routing made elsewhere; see Launcher. Without a GPU set TRITON_INTERPRET=1.
+its experts for a routing made elsewhere; see Launcher. Without a GPU they run on CPU tensors where moecc is
+installed, or with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ def kernel_constants(
 ) -> dict[str, Constants]:
     """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token.
 
-    backend: cuda, hip or interpret. sort: the router plans the tiles too.
+    backend: cuda, hip, x86 or interpret. sort: the router plans the tiles too.
     """
     common = {"HIDDEN": layer.hidden, "BACKEND": backend}
     sizes = {"NUM_EXPERTS": experts, "TOP_K": slots}
@@ -1255,7 +1257,7 @@ class Launcher:
 
     def _zero_counters(self, device: torch.device, count: int) -> torch.Tensor:
         """Counters that are zero now; kernels leave them so, and launches on one stream share them."""
-        # A capture only records the memset, and the host's interpreter may have stopped inside a kernel.
+        # A capture only records the memset, and on the host a kernel may have stopped inside.
         if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
             return torch.zeros(count, dtype=torch.int32, device=device)
         key = (device, torch.cuda.current_stream(device).cuda_stream)
@@ -1279,9 +1281,12 @@ class Launcher:
     def _target(self, device: torch.device) -> str:
         if not isinstance(router_kernel, triton.JITFunction):
             target = "interpret"
+        elif device.type == "cpu" and _runs_on_x86():
+            target = "x86"
         elif device.type != "cuda":
             raise RuntimeError(
-                f"no kernels for device {device}: set TRITON_INTERPRET=1 to interpret them there"
+                f"no kernels for device {device}: set TRITON_DEFAULT_BACKEND=x86 where moecc is installed, or "
+                "TRITON_INTERPRET=1 to interpret them there"
             )
         elif torch.version.hip:
             target = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
@@ -1299,8 +1304,13 @@ class Launcher:
         return x.reshape(-1, self.layer.hidden).contiguous()
 
 
+def _runs_on_x86() -> bool:
+    """Whether Triton's driver is moecc's backend for CPU tensors."""
+    return bool(triton.runtime.driver.active.get_current_target().backend == "x86")
+
+
 def _backend(target: str) -> str:
-    if target == "interpret":
+    if target in ("interpret", "x86"):
         return target
     return "hip" if target.startswith("gfx") else "cuda"
 
@@ -1388,6 +1398,26 @@ CONFIGS: Mapping[str, Config] = {
             "num_stages": 3,
         },
         "combine": {"FUSED_TOKENS": 32, "BLOCK_T": 1, "BLOCK_H": 1024, "num_warps": 4},
+    },
+    "x86": {
+        "router": {"BLOCK_T": 16, "BLOCK_H": 1024, "SPLIT_H": 1, "num_warps": 1, "num_stages": 1},
+        "gate_up": {
+            "BLOCK_M": 64,
+            "BLOCK_N": 256,
+            "BLOCK_K": 1024,
+            "GROUP_M": 64,
+            "num_warps": 1,
+            "num_stages": 1,
+        },
+        "down": {
+            "BLOCK_M": 64,
+            "BLOCK_N": 512,
+            "BLOCK_K": 2048,
+            "GROUP_M": 64,
+            "num_warps": 1,
+            "num_stages": 1,
+        },
+        "combine": {"FUSED_TOKENS": 32, "BLOCK_T": 1, "BLOCK_H": 4096, "num_warps": 1},
     },
     "interpret": {
         "router": {"BLOCK_T": 64, "BLOCK_H": 2048, "SPLIT_H": 1, "num_warps": 4, "num_stages": 3},
