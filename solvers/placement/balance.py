@@ -64,6 +64,8 @@ class LayerLoads:
             return np.asarray(peaks.max(axis=0), np.float64)
         if self.rule == "mean" or len(peaks) == 1:
             return np.asarray(np.tensordot(self.shares, peaks, 1), np.float64)
+        if (self.shares == self.shares[0]).all():
+            return _largest_mean(peaks, self.tail * len(peaks))
         order = np.argsort(-peaks, axis=0, kind="stable")
         weight = self.shares[order]
         before = np.cumsum(weight, axis=0) - weight
@@ -79,6 +81,14 @@ class LayerLoads:
         order = np.argsort(-peaks, kind="stable")
         inside = np.cumsum(self.shares[order]) - self.shares[order] < self.tail
         return np.asarray(peaks >= peaks[order[inside]].min())
+
+
+def _largest_mean(peaks: Floats, count: float) -> Floats:
+    """[...]: the mean of the `count` largest of peaks [rows, ...], the last of them in part."""
+    whole = min(int(count), len(peaks))
+    at = max(0, len(peaks) - whole - 1)
+    last = np.partition(peaks, at, axis=0)[at:]
+    return np.asarray((last[len(last) - whole :].sum(axis=0) + (count - whole) * last[0]) / count)
 
 
 def layer_loads(problem: PlacementProblem) -> list[LayerLoads]:

@@ -74,3 +74,22 @@ def test_a_start_is_always_a_placement(data):
     assert (np.bincount(device_of, minlength=devices) == width).all()
     assert len(set(zip(experts.tolist(), device_of.tolist(), strict=True))) == devices * width
     assert set(experts.tolist()) == set(range(num_experts))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 40),
+    tail=st.sampled_from([0.01, 0.1, 1 - 0.9, 0.3, 0.5, 1.0]),
+    alike=st.booleans(),
+)
+def test_the_mean_of_the_tail_is_its_least_bound(seed, rows, tail, alike):
+    # Rockafellar and Uryasev: CVaR is the least, over all thresholds, of threshold + mean excess / tail.
+    rng = np.random.default_rng(seed)
+    shares = np.full(rows, 1.0) if alike else rng.random(rows) + 0.1
+    shares /= shares.sum()
+    table = LayerLoads(loads=np.ones((rows, 2)), shares=shares, devices=2, rule="cvar", tail=tail)
+    peaks = rng.random((rows, 3, 2)).round(1)
+    excess = np.maximum(peaks[None] - peaks[:, None], 0.0)
+    expected = (peaks + np.tensordot(excess, shares, ((1,), (0,))) / tail).min(axis=0)
+    np.testing.assert_allclose(table.combine(peaks), expected, rtol=1e-12)
