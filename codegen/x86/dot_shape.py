@@ -26,7 +26,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class DotShape:
-    """[m, k] x [k, n] by TTIR elements; Triton's tile dimensions are powers of two."""
+    """[m, k] x [k, n] by TTIR elements. Triton's tile dimensions are powers of two; k may be that of several tiles."""
 
     m: int
     n: int
@@ -36,10 +36,10 @@ class DotShape:
     accumulator: str
 
     def __post_init__(self) -> None:
-        for size in (self.m, self.n, self.k):
+        for size in (self.m, self.n):
             if size < 1 or size & (size - 1):
                 raise ValueError(
-                    f"dot of {self.m}x{self.k} by {self.k}x{self.n}: sizes must be powers of two"
+                    f"dot of {self.m}x{self.k} by {self.k}x{self.n}: m and n must be powers of two"
                 )
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moecc.codegen.x86.builder import Index, V, constant, vector
 from moecc.codegen.x86.dot import plan_dot
 from moecc.codegen.x86.dot_shape import DotPlan, DotShape, Over, Rows
@@ -24,11 +26,11 @@ def accumulates_in_place(argument: Value, following: Value) -> Op | None:
     return op if alone and inside else None
 
 
-def begin_accumulating(frame: Frame, dot: Op, initial: Value) -> Accumulating:
-    plan = _plan(frame, dot)
+def begin_accumulating(frame: Frame, plan: DotPlan, initial: Value) -> Accumulating:
+    """A buffer of the plan's that holds the initial value."""
     buffer = _allocate(frame, plan.accumulator_bytes)
     _initialise(frame, plan, buffer, initial)
-    return Accumulating(buffer, dot)
+    return Accumulating(buffer, plan)
 
 
 def finish_accumulating(frame: Frame, argument: Value) -> Tile:
@@ -38,7 +40,7 @@ def finish_accumulating(frame: Frame, argument: Value) -> Tile:
 
 
 def _as_rows(frame: Frame, tile: Accumulating, value: Value) -> Stored:
-    plan = _plan(frame, tile.dot)
+    plan = tile.dot
     if plan.plain:
         return Stored(tile.buffer, value.type)
     rows = frame.new_tile(value.type)
@@ -81,10 +83,11 @@ def _allocate(frame: Frame, count: int) -> V:
     return frame.allocate("i8", max(count, 1))
 
 
-def _plan(frame: Frame, op: Op) -> DotPlan:
+def dot_plan(frame: Frame, op: Op, *, rounds: int = 1) -> DotPlan:
+    """How to compute a dot, over as many blocks of k as `rounds` says."""
     a, b, _ = op.operands
     (m, k), n = a.type.dims[-2:], b.type.dims[-1]
-    shape = DotShape(m, n, k, a.type.element, b.type.element, op.result.type.element)
+    shape = DotShape(m, n, rounds * k, a.type.element, b.type.element, op.result.type.element)
     rank = len(a.type.dims)
     a_over = _over(frame, a, outer=rank - 2, inner=rank - 1)
     b_over = _over(frame, b, outer=rank - 1, inner=rank - 2)
@@ -109,18 +112,17 @@ def _over(frame: Frame, value: Value, *, outer: int, inner: int) -> Over:
 
 
 def _dot(frame: Frame, op: Op) -> None:
-    plan, carried = _plan(frame, op), frame.tiles.get(op.operands[2])
+    plan, carried = dot_plan(frame, op), frame.tiles.get(op.operands[2])
     if len(op.result.type.dims) == 3:
         _batched(frame, op, plan)
         return
     if isinstance(carried, Accumulating):
-        _multiply(frame, op, plan, carried.buffer, ())
+        multiply(frame, op, plan, carried.buffer)
         frame.tiles[op.result] = carried
         return
-    buffer = _allocate(frame, plan.accumulator_bytes)
-    _initialise(frame, plan, buffer, op.operands[2])
-    _multiply(frame, op, plan, buffer, ())
-    frame.tiles[op.result] = _as_rows(frame, Accumulating(buffer, op), op.result)
+    begun = begin_accumulating(frame, plan, op.operands[2])
+    multiply(frame, op, plan, begun.buffer)
+    frame.tiles[op.result] = _as_rows(frame, begun, op.result)
 
 
 def _batched(frame: Frame, op: Op, plan: DotPlan) -> None:
@@ -135,7 +137,7 @@ def _batched(frame: Frame, op: Op, plan: DotPlan) -> None:
         with frame.scope():
             offset = b.multiply(batch, size)
             _accumulate_from(frame, plan, buffer, b.address(initial.buffer, offset, lane))
-            _multiply(frame, op, plan, buffer, (batch,))
+            multiply(frame, op, plan, buffer, (batch,))
             target = b.address(result.buffer, offset, lane)
             if plan.plain:
                 bytes_ = constant(size * BYTES[lane], "i64")
@@ -150,7 +152,8 @@ def _batched(frame: Frame, op: Op, plan: DotPlan) -> None:
     frame.tiles[op.result] = result
 
 
-def _multiply(frame: Frame, op: Op, plan: DotPlan, accumulator: V, batch: tuple[Index, ...]) -> None:
+def multiply(frame: Frame, op: Op, plan: DotPlan, accumulator: V, batch: tuple[Index, ...] = ()) -> None:
+    """accumulator += A @ B, over as many blocks of k as the plan was made for."""
     a = _packed(frame, plan, op.operands[0], batch, is_a=True)
     b = _packed(frame, plan, op.operands[1], batch, is_a=False)
     plan.multiply(frame.b, a, b, accumulator)
@@ -163,6 +166,7 @@ def _packed(frame: Frame, plan: DotPlan, value: Value, batch: tuple[Index, ...],
         rank = len(value.type.dims)
         outer, inner = (rank - 2, rank - 1) if is_a else (rank - 1, rank - 2)
         rows = _rows(frame, value, plan.a_over if is_a else plan.b_over, batch, outer=outer, inner=inner)
+        rows = replace(rows, length=plan.shape.k) if plan.shape.k > value.type.dims[inner] else rows
         packed = _allocate(frame, plan.a_bytes if is_a else plan.b_bytes)
         (plan.pack_a if is_a else plan.pack_b)(frame.b, rows, packed)
         frame.packed[key] = packed
@@ -232,9 +236,7 @@ def _rows_of_load(
     whole = _flag(frame)
     if len(load.operands) > 1:
         _lower_flag(frame, whole, all_true(frame, load.operands[1]))
-    with frame.scope():
-        probe = evaluate(frame, address, _window(rank, batch, along, 0, min(rows.length, frame.level.lanes)))
-        may_wrap = not (isinstance(probe, Uniform) or (isinstance(probe, Ramp) and not probe.guards))
+    may_wrap = not stays_even(frame, address, along, batch)
 
     def some(first: Index) -> None:
         with frame.scope():
@@ -256,6 +258,15 @@ def _rows_of_load(
             lambda: _copy_rows(frame, load.result, rows, batch, row=row, along=along),
             likely=True,
         )
+
+
+def stays_even(frame: Frame, address: Value, along: int, batch: tuple[Index, ...] = ()) -> bool:
+    """Whether addresses along a dimension are known to be evenly spaced, whatever numbers they are made of."""
+    dims = address.type.dims
+    with frame.scope():
+        lanes = min(dims[along], frame.level.lanes)
+        probe = evaluate(frame, address, _window(len(dims), batch, along, 0, lanes))
+    return isinstance(probe, Uniform) or (isinstance(probe, Ramp) and not probe.guards)
 
 
 def _copy_rows(

@@ -15,6 +15,7 @@ from moecc.codegen.x86.tree import Op, Value
 from moecc.codegen.x86.types import BYTES, Type
 
 if TYPE_CHECKING:
+    from moecc.codegen.x86.dot_shape import DotPlan
     from moecc.codegen.x86.plan import Plan
 
 
@@ -47,10 +48,10 @@ class Shifted:
 
 @dataclass(frozen=True)
 class Accumulating:
-    """In the layout of the matrix multiplication that adds to it, until a loop ends."""
+    """In the layout of the dot that adds to it, until a loop ends."""
 
     buffer: V
-    dot: Op
+    dot: DotPlan
 
 
 Tile = Stored | Inline | Shifted | Accumulating
