@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moecc.codegen.x86.builder import V, constant
-from moecc.codegen.x86.dots import accumulates_in_place, begin_accumulating, finish_accumulating
+from moecc.codegen.x86.dots import (
+    accumulates_in_place,
+    begin_accumulating,
+    dot_plan,
+    finish_accumulating,
+)
 from moecc.codegen.x86.evaluate import evaluate_vector, store_window, windows, write_tile
 from moecc.codegen.x86.function import lower_block
 from moecc.codegen.x86.lanes import Window
@@ -13,10 +18,13 @@ from moecc.codegen.x86.steps import shift_of
 from moecc.codegen.x86.tiles import Frame, Inline, Rule, Shifted, Stored
 from moecc.codegen.x86.tree import Block, Op, Value
 from moecc.codegen.x86.types import BYTES
+from moecc.codegen.x86.whole_dots import whole_dots
 
 
 def _for(frame: Frame, op: Op) -> None:
     """Scalars and shifts of tiles travel in registers, other tiles in a buffer that every round overwrites."""
+    if whole_dots(frame, op):
+        return
     b, block = frame.b, op.body()
     counter, *arguments = block.arguments
     initials, yields = op.operands[3:], block.terminator.operands
@@ -71,7 +79,7 @@ def _advance(frame: Frame, increment: Value, offset: V) -> V:
 def _begin_carrying(frame: Frame, argument: Value, initial: Value, following: Value) -> None:
     dot = accumulates_in_place(argument, following)
     if dot is not None:
-        frame.tiles[argument] = begin_accumulating(frame, dot, initial)
+        frame.tiles[argument] = begin_accumulating(frame, dot_plan(frame, dot), initial)
         return
     tile = frame.new_tile(argument.type)
     write_tile(frame, initial, tile)
@@ -231,8 +239,10 @@ def _while(frame: Frame, op: Op) -> None:
     b.start(done)
 
 
-def lower_region(frame: Frame, blocks: Sequence[Block], results: Sequence[V]) -> None:
-    """The blocks of a function, which only branch forward; `results` are where its values go."""
+def lower_region(
+    frame: Frame, blocks: Sequence[Block], results: Sequence[V], leave: str = "ret void"
+) -> None:
+    """The blocks of a function, which only branch forward; `results` are where its values go before it leaves."""
     b = frame.b
     labels = {block.label: b.label() for block in blocks}
     by_label = {block.label: block for block in blocks}
@@ -253,7 +263,7 @@ def lower_region(frame: Frame, blocks: Sequence[Block], results: Sequence[V]) ->
             _merge(frame, block, incoming[block.label])
         with frame.scope():
             lower_block(frame, block)
-            _terminate(frame, block.terminator, jump, results)
+            _terminate(frame, block.terminator, jump, results, leave)
 
 
 def _merge(frame: Frame, block: Block, incoming: Sequence[tuple[str, list[V]]]) -> None:
@@ -263,16 +273,16 @@ def _merge(frame: Frame, block: Block, incoming: Sequence[tuple[str, list[V]]]) 
         frame.scalars[argument] = frame.b.emit(f"phi {argument.type.llvm} {pairs}", argument.type.llvm)
 
 
-def _terminate(frame: Frame, op: Op, jump: object, results: Sequence[V]) -> None:
+def _terminate(frame: Frame, op: Op, jump: object, results: Sequence[V], leave: str) -> None:
     b = frame.b
     assert callable(jump)
-    if op.name == "tt.return":
+    if op.name in ("tt.return", "tt.map_elementwise.return"):
         for value, place in zip(op.operands, results, strict=True):
             if value.type.is_tensor:
                 write_tile(frame, value, Stored(place, value.type))
             else:
                 b.store(frame.scalars[value], place)
-        b.run("ret void")
+        b.run(leave)
     elif op.name == "cf.br":
         jump(op.successors[0], op.operands)
     else:
