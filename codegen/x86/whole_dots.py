@@ -24,8 +24,9 @@ _PLAIN = frozenset({"tt.load", "tt.addptr", "tt.dot", "tt.splat", "arith.constan
 def whole_dots(frame: Frame, loop: Op) -> bool:
     """Lower the loop as one product for each dot in it, where it is such a loop; say whether it was.
 
-    The number of rounds is known, sums are not rounded between them, every dot adds to what the loop carries for it alone, and its operands are loads
-    without mask whose addresses move on by just their block of k: the rows then lie on in memory.
+    The number of rounds is known, sums are not rounded between them, every dot adds to what the loop carries for it
+    alone, and its operands are loads without mask whose addresses move on by just their block of k: the rows then
+    lie on in memory.
     """
     rounds = _rounds(loop)
     counter, *arguments = loop.body().arguments

@@ -36,10 +36,8 @@ def two_products(
     sums = tl.full([M, N], START, tl.float32)
     differences = tl.zeros([M, N], tl.float32)
     for start in range(0, K, BLOCK_K):
-        if MASKED:
-            a = tl.load(a_ptrs, mask=(start + k < last)[None, :], other=0.0)
-        else:
-            a = tl.load(a_ptrs)
+        inside = (start + k < last)[None, :]
+        a = tl.load(a_ptrs, mask=inside, other=0.0) if MASKED else tl.load(a_ptrs)
         sums = tl.dot(a, tl.load(b_ptrs), sums, input_precision="ieee")
         differences = tl.dot(a, tl.load(c_ptrs), differences, input_precision="ieee")
         a_ptrs += BLOCK_K
