@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from moecc.codegen.x86 import reduce
+from moecc.codegen.x86 import atomics, elements, exchange, gather, messages, reduce, scan
 from moecc.codegen.x86.tiles import InlineRule, Rule
 
-INLINE: dict[str, InlineRule] = {}
-RULES: dict[str, Rule] = {**reduce.RULES}
+INLINE: dict[str, InlineRule] = {**exchange.INLINE}
+RULES: dict[str, Rule] = {
+    **reduce.RULES,
+    **scan.RULES,
+    **gather.RULES,
+    **exchange.RULES,
+    **elements.RULES,
+    **atomics.RULES,
+    **messages.RULES,
+}
 COSTLY: tuple[str, ...] = ()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
+from math import prod
 
-from moecc.codegen.x86.builder import V, constants, vector
+from moecc.codegen.x86.builder import Index, V, constants, like, vector
 from moecc.codegen.x86.errors import UnsupportedError
-from moecc.codegen.x86.lanes import Lanes, LaneValue, Ramp, Uniform, Window, as_vector
+from moecc.codegen.x86.lanes import Lanes, LaneValue, Ramp, Uniform, Window, as_vector, row_major
 from moecc.codegen.x86.steps import step
 from moecc.codegen.x86.tiles import Accumulating, Frame, Shifted, Stored
 from moecc.codegen.x86.tree import Value
@@ -14,6 +16,9 @@ from moecc.codegen.x86.types import BYTES, memory_type, pointee
 
 UNROLLED = 4
 """A tile of at most so many windows is looked at without a loop, so that LLVM keeps its buffers in registers."""
+
+NESTED = 3
+"""Loops in each other at most: those of a tile of many small dimensions would cost more than their rounds."""
 
 
 def evaluate(frame: Frame, value: Value, window: Window) -> LaneValue:
@@ -82,15 +87,15 @@ def load_window(frame: Frame, tile: Stored, window: Window) -> LaneValue:
         return Uniform(b.load(lane, start))
     if offsets == list(range(window.lanes)):
         return Lanes(b.load(vector(window.lanes, lane), start))
-    return Lanes(gather_elements(frame, start, offsets, lane))
+    return Lanes(gather_elements(frame, start, constants(offsets, "i64"), lane))
 
 
-def gather_elements(frame: Frame, start: V, offsets: Sequence[int], lane: str) -> V:
+def gather_elements(frame: Frame, start: V, offsets: V, lane: str) -> V:
     """start[offsets], from memory of our own."""
-    b, count, held = frame.b, len(offsets), memory_type(lane)
-    pointers = b.emit(
-        f"getelementptr {held}, {start.typed}, {constants(offsets, 'i64').typed}", vector(count, "ptr")
-    )
+    b, count, held = frame.b, offsets.lanes, memory_type(lane)
+    pointers = b.emit(f"getelementptr {held}, {start.typed}, {offsets.typed}", like(offsets, "ptr"))
+    if not count:
+        return b.load(lane, pointers)
     everyone = V("splat (i1 true)", vector(count, "i1"))
     type_ = vector(count, held)
     gathered = b.intrinsic(
@@ -127,23 +132,60 @@ def windows(
 ) -> None:
     """body at every window of a tile; lanes run along that dimension, by default over the last ones."""
     extents = lane_extents(shape, lanes or frame.level.lanes, along)
-    counts = [size // extent for size, extent in zip(shape, extents, strict=True)]
-    unrolled, total = len(shape), 1
-    while unrolled and total * counts[unrolled - 1] <= UNROLLED:
-        unrolled -= 1
-        total *= counts[unrolled]
+    blocks(frame, shape, extents, body, unrolled=UNROLLED)
 
-    def visit(dim: int, base: tuple[V | int, ...]) -> None:
-        if dim == len(shape):
+
+def blocks(
+    frame: Frame,
+    shape: Sequence[int],
+    extents: Sequence[int],
+    body: Callable[[Window], None],
+    *,
+    unrolled: int = 1,
+) -> None:
+    """body at every window of these extents; at most `unrolled` of the last ones stand side by side."""
+    counts = [size // extent for size, extent in zip(shape, extents, strict=True)]
+    split, total = len(shape), 1
+    while split and total * counts[split - 1] <= unrolled:
+        split -= 1
+        total *= counts[split]
+
+    def inner(outer: Sequence[Index]) -> None:
+        for place in product(*(range(count) for count in counts[split:])):
+            base = (*outer, *(i * extent for i, extent in zip(place, extents[split:], strict=True)))
             with frame.scope():
                 body(Window(base, tuple(extents)))
-        elif dim >= unrolled:
-            for i in range(counts[dim]):
-                visit(dim + 1, (*base, i * extents[dim]))
-        else:
-            frame.b.repeat(shape[dim], extents[dim], lambda i: visit(dim + 1, (*base, i)))
 
-    visit(0, ())
+    _nest(frame, counts[:split], extents[:split], inner)
+
+
+def _nest(
+    frame: Frame, counts: Sequence[int], extents: Sequence[int], body: Callable[[Sequence[Index]], None]
+) -> None:
+    """Loops over so many blocks along every dimension; a single one, that numbers them, where they would be deep."""
+    b = frame.b
+    if sum(count > 1 for count in counts) > NESTED:
+        strides = row_major(counts)
+
+        def numbered(number: Index) -> None:
+            body(
+                [
+                    b.multiply(b.remainder(b.divide(number, stride), count), extent)
+                    for stride, count, extent in zip(strides, counts, extents, strict=True)
+                ]
+            )
+
+        b.repeat(prod(counts), 1, numbered)
+        return
+
+    def visit(base: tuple[Index, ...]) -> None:
+        dim = len(base)
+        if dim == len(counts):
+            body(base)
+        else:
+            b.repeat(counts[dim] * extents[dim], extents[dim], lambda i: visit((*base, i)))
+
+    visit(())
 
 
 def lane_extents(shape: Sequence[int], lanes: int, along: int | None = None) -> list[int]:

@@ -8,12 +8,12 @@ from math import prod
 from moecc.codegen.x86.builder import Builder, Index, V
 from moecc.codegen.x86.elementwise import ELEMENTWISE, lower_elementwise
 from moecc.codegen.x86.errors import UnsupportedError
-from moecc.codegen.x86.evaluate import evaluate_vector, lane_extents, store_window
+from moecc.codegen.x86.evaluate import blocks, evaluate_vector, lane_extents, store_window
 from moecc.codegen.x86.function import parse_constant
 from moecc.codegen.x86.lanes import Window, row_major
 from moecc.codegen.x86.steps import splat_text
 from moecc.codegen.x86.tiles import Frame, Rule
-from moecc.codegen.x86.tree import Op, Value
+from moecc.codegen.x86.tree import Block, Op, Value
 
 ABREAST = 4
 """Windows that are combined among themselves before they join the partial result: independent chains of work."""
@@ -21,7 +21,7 @@ ABREAST = 4
 
 def combine(frame: Frame, op: Op, left: Sequence[V], right: Sequence[V]) -> list[V]:
     """The combiner of a reduction or scan on every lane; left elements come before right ones."""
-    b, body = frame.b, op.body()
+    b, body = frame.b, _combiner(op)
     lanes = left[0].lanes
     known = dict(zip(body.arguments, [*left, *right], strict=True))
 
@@ -44,17 +44,57 @@ def combine(frame: Frame, op: Op, left: Sequence[V], right: Sequence[V]) -> list
     return [value_of(value) for value in body.terminator.operands]
 
 
-def fold(frame: Frame, op: Op, items: Sequence[V], extent: Sequence[int], axis: int) -> list[V]:
-    """Lanes over a block of these extents, reduced along axis to extent 1 there, in the order of the lanes."""
+def _combiner(op: Op) -> Block:
+    if len(op.regions[0]) > 1:
+        raise UnsupportedError("a branch in a combiner", hint="use tl.where").at(op.location)
+    return op.body()
+
+
+def fold(
+    frame: Frame, op: Op, items: Sequence[V], extent: Sequence[int], axis: int, *, ordered: bool
+) -> list[V]:
+    """Lanes over a block of these extents, reduced along axis to extent 1 there: by halves, or by neighbours if the
+    order matters."""
     items, extents = list(items), list(extent)
     while extents[axis] > 1:
-        half = extents[axis] // 2
         strides = row_major(extents)
-        extents[axis] = half
+        extents[axis] //= 2
+        stride = strides[axis]
+        strides[axis] *= 1 + ordered
         low = Window((0,) * len(extents), tuple(extents)).offsets(strides)
-        high = [pick + half * strides[axis] for pick in low]
+        high = [pick + (stride if ordered else extents[axis] * stride) for pick in low]
         items = combine(frame, op, _picked(frame.b, items, low), _picked(frame.b, items, high))
     return items
+
+
+def _merge(
+    frame: Frame, op: Op, left: Sequence[V], right: Sequence[V], extent: Sequence[int], axis: int
+) -> list[V]:
+    """Two blocks that follow each other along axis, reduced to one: every lane has two neighbours of before."""
+    size, stride = extent[axis], prod(extent[axis + 1 :])
+    low = []
+    for lane in range(prod(extent)):
+        index = lane // stride % size
+        block, at = divmod(2 * index, size)
+        low.append(lane + (at - index) * stride + block * prod(extent))
+    high = [pick + stride for pick in low]
+    pairs = list(zip(left, right, strict=True))
+    return combine(frame, op, *([frame.b.shuffle(a, c, picks) for a, c in pairs] for picks in (low, high)))
+
+
+_COMMUTATIVE = {f"arith.{name}" for name in ("addi", "addf", "muli", "mulf", "andi", "ori", "xori")} | {
+    f"arith.{which}{kind}" for which in ("max", "min") for kind in ("si", "ui", "numf", "imumf")
+}
+
+
+def _order_matters(op: Op) -> bool:
+    """Unless every result is one op that is known to commute, on its own pair of elements."""
+    body, count = _combiner(op), len(op.results)
+    pairs = list(zip(body.arguments[:count], body.arguments[count:], strict=True))
+    return not all(
+        result.op and result.op.name in _COMMUTATIVE and set(result.op.operands) == set(pair)
+        for result, pair in zip(body.terminator.operands, pairs, strict=True)
+    )
 
 
 def _picked(b: Builder, items: Sequence[V], picks: Sequence[int]) -> list[V]:
@@ -69,24 +109,15 @@ def _reduce(frame: Frame, op: Op) -> None:
     tiles = {result: frame.new_tile(result.type) for result in op.results if result.type.is_tensor}
     frame.tiles.update(tiles)
 
-    def at(base: tuple[Index, ...]) -> None:
-        items = _along(frame, op, Window(base, tuple(extents)), axis)
+    def at(window: Window) -> None:
+        items = _along(frame, op, window, axis)
         for result, item in zip(op.results, items, strict=True):
             if result.type.is_tensor:
-                outer = Window(base, tuple(extents)).drop(axis)
-                store_window(frame, tiles[result], outer, item)
+                store_window(frame, tiles[result], window.drop(axis), item)
             else:
                 frame.scalars[result] = item
 
-    def visit(dim: int, base: tuple[Index, ...]) -> None:
-        if dim == len(shape):
-            at(base)
-        elif dim == axis:
-            visit(dim + 1, (*base, 0))
-        else:
-            frame.b.repeat(shape[dim], extents[dim], lambda i: visit(dim + 1, (*base, i)))
-
-    visit(0, ())
+    blocks(frame, [*shape[:axis], extents[axis], *shape[axis + 1 :]], extents, at)
 
 
 def reduction_extents(shape: Sequence[int], axis: int, lanes: int) -> list[int]:
@@ -102,6 +133,7 @@ def _along(frame: Frame, op: Op, first: Window, axis: int) -> list[V]:
     b, size, step = frame.b, op.operands[0].type.dims[axis], first.extent[axis]
     count = size // step
     abreast = min(count, ABREAST)
+    ordered = step > 1 and _order_matters(op)
 
     def group(start: Index) -> list[V]:
         found = []
@@ -111,8 +143,13 @@ def _along(frame: Frame, op: Op, first: Window, axis: int) -> list[V]:
                 found.append([evaluate_vector(frame, operand, window) for operand in op.operands])
         while len(found) > 1:
             pairs = zip(found[::2], found[1::2], strict=True)
-            found = [combine(frame, op, left, right) for left, right in pairs]
-        return found[0]
+            found = [together(left, right) for left, right in pairs]
+        return fold(frame, op, found[0], first.extent, axis, ordered=True) if ordered else found[0]
+
+    def together(left: list[V], right: list[V]) -> list[V]:
+        if ordered:
+            return _merge(frame, op, left, right, first.extent, axis)
+        return combine(frame, op, left, right)
 
     items = group(0)
     if count > abreast:
@@ -123,7 +160,7 @@ def _along(frame: Frame, op: Op, first: Window, axis: int) -> list[V]:
             lambda i, partial: combine(frame, op, partial, group(i)),
             items,
         )
-    return fold(frame, op, items, first.extent, axis)
+    return items if ordered else fold(frame, op, items, first.extent, axis, ordered=False)
 
 
 RULES: dict[str, Rule] = {"tt.reduce": _reduce}
