@@ -205,5 +205,5 @@ def test_elements_that_no_dot_takes(elements: tuple[str, str, str]) -> None:
 
 
 def test_sizes_are_powers_of_two() -> None:
-    with pytest.raises(ValueError, match="48x32 by 32x16: sizes must be powers of two"):
+    with pytest.raises(ValueError, match="48x32 by 32x16: m and n must be powers of two"):
         DotShape(48, 16, 32, "bf16", "bf16", "f32")
