@@ -69,7 +69,7 @@ def module(name: str, body: str) -> ModuleType:
     here = ModuleType("moecc.codegen.x86.lower")
     texts: list[str] = []
 
-    def lower_kernel(text: str, level: Level) -> Lowered:
+    def lower_kernel(text: str, level: Level, *, fuse: bool) -> Lowered:
         texts.append(text)
         return Lowered(name, ENTRY.format(name=name) + body + ATTRIBUTES.format(cpu=level.cpu))
 

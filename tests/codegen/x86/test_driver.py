@@ -142,7 +142,7 @@ def _read_source(out, d, n, B: tl.constexpr):
 
 
 def test_what_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch, adder: ModuleType) -> None:
-    def refuse(text: str, level: object) -> None:
+    def refuse(text: str, level: object, *, fuse: bool) -> None:
         raise UnsupportedError("tt.elementwise_inline_asm", hint="write it in Triton", where="kernel.py:3:8")
 
     monkeypatch.setattr(adder, "lower_kernel", refuse)
