@@ -12,6 +12,7 @@ import torch
 import triton
 
 from moecc.codegen.frozen import (
+    ONE_LAUNCH_TOKENS,
     Config,
     Constants,
     Layer,
@@ -169,9 +170,9 @@ class Launcher:
 
     def _scatter(self, plan: Plan) -> None:
         """Fills sorted_slots where the launch that planned has left it to a second one."""
-        constants = self._constants(plan, len(plan.expert_offsets) - 1)
-        if constants["plan"]["SCATTER"]:
+        if len(plan.topk_ids) <= ONE_LAUNCH_TOKENS:
             return
+        constants = self._constants(plan, len(plan.expert_offsets) - 1)
         grid = (triton.cdiv(plan.topk_ids.numel(), constants["scatter"]["SCATTER_BLOCK"]),)
         arrays = (plan.topk_ids, plan.slot_rank, plan.block_counts, plan.sorted_slots)
         scatter_kernel[grid](*arrays, len(plan.topk_ids), **constants["scatter"])

@@ -1205,9 +1205,9 @@ class Launcher:
 
     def _scatter(self, plan: Plan) -> None:
         """Fills sorted_slots where the launch that planned has left it to a second one."""
-        constants = self._constants(plan, len(plan.expert_offsets) - 1)
-        if constants["plan"]["SCATTER"]:
+        if len(plan.topk_ids) <= ONE_LAUNCH_TOKENS:
             return
+        constants = self._constants(plan, len(plan.expert_offsets) - 1)
         grid = (triton.cdiv(plan.topk_ids.numel(), constants["scatter"]["SCATTER_BLOCK"]),)
         arrays = (plan.topk_ids, plan.slot_rank, plan.block_counts, plan.sorted_slots)
         scatter_kernel[grid](*arrays, len(plan.topk_ids), **constants["scatter"])
@@ -1388,13 +1388,13 @@ CONFIGS: Mapping[str, Config] = {
         "router": {"BLOCK_T": 16, "BLOCK_H": 64, "SPLIT_H": 1, "num_warps": 1, "num_stages": 1},
         "gate_up": {
             "BLOCK_M": 8,
-            "BLOCK_N": 256,
+            "BLOCK_N": 128,
             "BLOCK_K": 64,
             "GROUP_M": 64,
             "num_warps": 1,
             "num_stages": 1,
         },
-        "down": {"BLOCK_M": 8, "BLOCK_N": 512, "BLOCK_K": 64, "GROUP_M": 64, "num_warps": 1, "num_stages": 1},
+        "down": {"BLOCK_M": 8, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 64, "num_warps": 1, "num_stages": 1},
         "combine": {"FUSED_TOKENS": 32, "BLOCK_T": 1, "BLOCK_H": 4096, "num_warps": 1},
     },
     "interpret": {
