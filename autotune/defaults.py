@@ -126,8 +126,8 @@ def _x86_configs(shape: LayerShape) -> KernelConfigs:
 
     Row tiles hold twice what an expert expects, 8 to 64 rows: a second tile would read the weights again, and rows
     that are not there cost a memory-bound program nothing. Columns are as many as leave enough programs, up to 128:
-    more were slower, measured at 1024 tokens. Neighbours in the grid are row tiles of one column block: those of one expert
-    follow each other and find its weights in the second cache.
+    more were slower, measured at 1024 tokens. Neighbours in the grid are row tiles of one column block: those of one
+    expert follow each other and find its weights in the second cache.
     """
     block_m = min(max(_power_of_two_from(2 * shape.rows_per_expert), 8), 64)
 
