@@ -127,7 +127,8 @@ def _x86_configs(shape: LayerShape) -> KernelConfigs:
     Row tiles hold twice what an expert expects, 8 to 64 rows: a second tile would read the weights again, and rows
     that are not there cost a memory-bound program nothing. Columns are as many as leave enough programs, up to 128:
     more were slower, measured at 1024 tokens. Neighbours in the grid are row tiles of one column block: those of one
-    expert follow each other and find its weights in the second cache.
+    expert follow each other and find its weights in the second cache. Launches are cheap: a combine of its own takes
+    less than the last programs of a fused one, which the other threads wait for.
     """
     block_m = min(max(_power_of_two_from(2 * shape.rows_per_expert), 8), 64)
 
@@ -157,7 +158,9 @@ def _x86_configs(shape: LayerShape) -> KernelConfigs:
         ),
         gate_up=gemm(shape.intermediate, shape.hidden, 128),
         down=gemm(shape.hidden, shape.intermediate, 256),
-        combine=CombineConfig(block_t=1, block_h=min(_power_of_two_from(shape.hidden), 4096), num_warps=1),
+        combine=CombineConfig(
+            fused_tokens=0, block_t=1, block_h=min(_power_of_two_from(shape.hidden), 4096), num_warps=1
+        ),
     )
 
 

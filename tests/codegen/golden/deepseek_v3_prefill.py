@@ -1417,7 +1417,7 @@ CONFIGS: Mapping[str, Config] = {
             "num_warps": 1,
             "num_stages": 1,
         },
-        "combine": {"FUSED_TOKENS": 32, "BLOCK_T": 1, "BLOCK_H": 4096, "num_warps": 1},
+        "combine": {"FUSED_TOKENS": 0, "BLOCK_T": 1, "BLOCK_H": 4096, "num_warps": 1},
     },
     "interpret": {
         "router": {"BLOCK_T": 64, "BLOCK_H": 2048, "SPLIT_H": 1, "num_warps": 4, "num_stages": 3},

@@ -5,7 +5,7 @@ Router: top-k of the logits, then softmax. Activation: clamped_swiglu.
 Launches of one forward at 16 tokens:
     sm_90: router gate_up down
     gfx942: router gate_up down
-    x86: router gate_up down
+    x86: router gate_up down combine
     interpret: router gate_up down
 
 forward(x, weights) runs the layer, route(x, weights) its router, experts(x, topk_ids, topk_weights, weights)
@@ -1395,7 +1395,7 @@ CONFIGS: Mapping[str, Config] = {
             "num_stages": 1,
         },
         "down": {"BLOCK_M": 8, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 64, "num_warps": 1, "num_stages": 1},
-        "combine": {"FUSED_TOKENS": 32, "BLOCK_T": 1, "BLOCK_H": 4096, "num_warps": 1},
+        "combine": {"FUSED_TOKENS": 0, "BLOCK_T": 1, "BLOCK_H": 4096, "num_warps": 1},
     },
     "interpret": {
         "router": {"BLOCK_T": 64, "BLOCK_H": 2048, "SPLIT_H": 1, "num_warps": 4, "num_stages": 3},
