@@ -1,148 +1,243 @@
-"""The experts implementation `moecc` of transformers: importing this module registers it, for inference.
+"""`experts_implementation="moecc"` for transformers 5: the experts of its models on moecc's kernels.
 
     import moecc.integrations.transformers
-    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moecc")
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moecc")
 
-Experts in a layout that the kernels take run on them; others run as `grouped_mm`, which is said once with the reason.
+The import registers the name, nothing else. It is for inference: where gradients are asked for, and for experts that
+the kernels do not know, `grouped_mm` of transformers computes instead, and a warning says why, once. torch.compile
+leaves its graph around the experts.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    _default_apply_gate,
-    grouped_mm_experts_forward,
-)
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from moecc.autotune.defaults import default_configs
-from moecc.codegen.config import LayerShape
+from moecc.codegen.config import DTYPE_BYTES, DType, LayerShape
 from moecc.codegen.launcher import Launcher
 from moecc.codegen.switches import freeze_configs, freeze_layer
-from moecc.ir.semantics import Activation, ActivationKind
+from moecc.codegen.targets import TARGETS
+from moecc.errors import MoeccError
+from moecc.ir.semantics import Activation
 
-ACTIVATIONS: dict[str, ActivationKind] = {
-    "SiLU": "silu_glu",
-    "SiLUActivation": "silu_glu",
-    "GELUActivation": "gelu_glu",
-}
-"""Class of `act_fn` -> what the kernels call it."""
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+NAME = "moecc"
+# Attributes under which experts with a clamped SwiGLU keep (alpha, limit).
+CLAMP_ATTRIBUTES = (("alpha", "limit"), ("swiglu_alpha", "swiglu_limit"))
+PAIRS_PER_CHANNEL = 16
+
+
+class UnknownExpertsError(Exception):
+    """What the kernels do not know about some experts: the reason of a fallback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The weights of one module as the kernels read them, and what they were made from.
+
+    sources: the module's tensors, with addresses and versions at that time. Holding them keeps their addresses from
+    being given to others.
+    """
+
+    sources: tuple[torch.Tensor, ...]
+    stamps: tuple[tuple[int, int], ...]
+    weights: Mapping[str, torch.Tensor]
+    activation: Activation
+
+
+_EXPERTS: WeakKeyDictionary[torch.nn.Module, Experts] = WeakKeyDictionary()
 
 
 def experts_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """hidden_states [tokens, hidden], ids and weights [tokens, top_k] -> [tokens, hidden].
+    """The experts of one layer: [tokens, hidden] for hidden_states of that shape.
 
-    An id that is no expert of this module is another device's and adds nothing.
+    top_k_index, top_k_weights [tokens, top_k]: the ids of a token are distinct, but for those that are no expert's
+    (expert parallelism marks what others compute with num_experts), which add nothing.
+    Raises RuntimeError for a device without kernels.
     """
-    reason = why_not_fused(self, hidden_states, top_k_weights)
-    if reason:
-        _say_once(type(self).__name__, reason)
-        fallback: torch.Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        return fallback
-    out: torch.Tensor = _run_kernels(self, hidden_states, top_k_index, top_k_weights)
-    return out
-
-
-def why_not_fused(
-    experts: Any, hidden_states: torch.Tensor, top_k_weights: torch.Tensor | None = None
-) -> str | None:
-    """Why the kernels cannot compute these experts on such a tensor, None if they can."""
-    for lacks, reason in (
-        (not experts.has_gate, "experts without a gate"),
-        (experts.has_bias, "experts with biases"),
-        (experts.is_transposed, "transposed weights"),
-        (not experts.is_concatenated, "interleaved gate and up weights"),
-        (experts.has_post_expert_norm, "a norm behind every expert"),
-        (type(experts)._apply_gate is not _default_apply_gate, "a gating of the model's own"),
-    ):
-        if lacks:
-            return reason
-    if type(experts.act_fn).__name__ not in ACTIVATIONS or _approximates(experts.act_fn):
-        return f"the activation {type(experts.act_fn).__name__}"
-    weights = (experts.gate_up_proj, experts.down_proj)
-    if hidden_states.dtype not in DTYPES or any(weight.dtype != hidden_states.dtype for weight in weights):
-        return f"{hidden_states.dtype} tokens with {weights[0].dtype} weights"
-    if not all(weight.is_contiguous() for weight in weights):
-        return "weights that are not contiguous"
-    inputs = (hidden_states, *weights, *([] if top_k_weights is None else [top_k_weights]))
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return "gradients: the kernels compute the forward pass alone, under torch.no_grad()"
-    return None
-
-
-def _approximates(activation: Any) -> bool:
-    """GELU by another formula than erf."""
-    return getattr(activation, "use_gelu_python", False) or "tanh" in str(
-        getattr(activation, "approximate", "")
-    )
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _run_kernels(
-    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    count, width, hidden = experts.gate_up_proj.shape
+    tensors = _tensors(module)
+    try:
+        if torch.is_grad_enabled() and any(
+            t.requires_grad for t in (hidden_states, top_k_weights, *tensors.values())
+        ):
+            raise UnknownExpertsError("gradients are asked for, and the kernels run forward only")
+        experts = _experts(module, tensors)
+    except UnknownExpertsError as reason:
+        _say_once(f"{type(module).__name__}: {reason}; grouped_mm computes instead")
+        out: torch.Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+        return out
+    gate_up = experts.weights["gate_up"]
     launcher = _launcher(
-        hidden,
-        width // 2,
-        count,
-        min(top_k_index.shape[-1], count),
-        DTYPES[hidden_states.dtype],
-        ACTIVATIONS[type(experts.act_fn).__name__],
-        _bucket(len(hidden_states)),
-        _target(hidden_states.device),
+        (gate_up.shape[2], gate_up.shape[1] // 2, gate_up.shape[0], top_k_index.shape[1]),
+        1 << max(len(hidden_states) - 1, 0).bit_length(),
+        _dtype_name(gate_up.dtype),
+        experts.activation,
+        "gate_up_bias" in experts.weights,
     )
-    weights = {"gate_up": experts.gate_up_proj, "down": experts.down_proj}
-    return launcher.experts(hidden_states, top_k_index, top_k_weights, weights)
-
-
-def _bucket(tokens: int) -> int:
-    """Configs are chosen for the power of two from there on."""
-    return 1 << max(tokens - 1, 0).bit_length()
+    x = hidden_states.to(gate_up.dtype)
+    return launcher.experts(x, top_k_index, top_k_weights, experts.weights).to(hidden_states.dtype)
 
 
 @cache
 def _launcher(
-    hidden: int,
-    intermediate: int,
-    experts: int,
-    top_k: int,
-    dtype: Any,
-    activation: ActivationKind,
-    tokens: int,
-    target: str,
+    sizes: tuple[int, int, int, int], tokens: int, dtype: DType, activation: Activation, has_bias: bool
 ) -> Launcher:
+    """A launcher with the default configs for `tokens`; sizes: hidden, intermediate, experts, top_k.
+
+    Configs are made for every target that has some: the launcher knows which one it runs on.
+    """
+    hidden, intermediate, experts, top_k = sizes
     shape = LayerShape(
         tokens=tokens,
         hidden=hidden,
         intermediate=intermediate,
-        experts=experts,
+        experts=max(experts, top_k),
+        slots=experts,
         top_k=top_k,
         dtype=dtype,
-        activation=Activation(kind=activation),
+        activation=activation,
+        has_expert_bias=has_bias,
     )
-    return Launcher(freeze_layer(shape), {target: freeze_configs(default_configs(shape, target))})
+    configs = {}
+    for target in TARGETS:
+        try:
+            configs[target] = freeze_configs(default_configs(shape, target))
+        except MoeccError:  # nothing fits this target, and the launcher says so where it is the one that runs
+            continue
+    return Launcher(freeze_layer(shape), configs)
 
 
 @cache
-def _target(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "x86"
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+def _say_once(reason: str) -> None:
+    warnings.warn(f"moecc: {reason}", stacklevel=3)
 
 
-@cache
-def _say_once(experts: str, reason: str) -> None:
-    warnings.warn(f"moecc: {experts} run as grouped_mm: no kernel for {reason}", stacklevel=4)
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The module's weights by the kernels' names, in the module's layout."""
+    if not module.has_gate:
+        return {}
+    names = ["gate_up", "down", *(("gate_up_bias", "down_bias") if module.has_bias else ())]
+    return {name: getattr(module, _source_name(name)) for name in names}
 
 
-ALL_EXPERTS_FUNCTIONS.register("moecc", experts_forward)
+def _source_name(name: str) -> str:
+    return name.replace("_bias", "_proj_bias") if name.endswith("_bias") else f"{name}_proj"
+
+
+def _experts(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Experts:
+    """The module's experts, made anew when a tensor is another one or was written to.
+
+    Writes through `.data` leave no trace: a copy that was made of such a tensor stays as it was.
+    """
+    stamps = tuple(_stamp(tensor) for tensor in tensors.values())
+    found = _EXPERTS.get(module)
+    if found is None or found.stamps != stamps:
+        _require_known(module, tensors)
+        found = _EXPERTS[module] = Experts(
+            sources=tuple(tensor.detach() for tensor in tensors.values()),
+            stamps=stamps,
+            weights={name: _natural(module, name, tensor.detach()) for name, tensor in tensors.items()},
+            activation=_activation(module, tensors["gate_up"]),
+        )
+    return found
+
+
+def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    """(address, version); a tensor of inference mode has no version, and only one that is not copied may lack it."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def _require_known(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises UnknownExpertsError for experts that the kernels cannot compute, whatever their gate."""
+    if not tensors:
+        raise UnknownExpertsError("they have no gate")
+    if module.has_post_expert_norm:
+        raise UnknownExpertsError("a norm follows every expert")
+    for name in ("gate_up", "down"):
+        if _dtype_name(tensors[name].dtype) not in DTYPE_BYTES:
+            raise UnknownExpertsError(f"{_source_name(name)} is {tensors[name].dtype}")
+    if tensors["down"].dtype != tensors["gate_up"].dtype:
+        raise UnknownExpertsError("gate_up_proj and down_proj differ in dtype")
+
+
+def _dtype_name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")
+
+
+def _natural(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the kernels' layout: itself where that is the module's, else a copy.
+
+    The kernels take [experts, outputs, inputs] and gate rows before up rows; `is_transposed` modules have [experts,
+    inputs, outputs], those that are not `is_concatenated` gate and up columns in turn.
+    """
+    natural = tensor.transpose(1, 2) if module.is_transposed and tensor.ndim == 3 else tensor
+    if name.startswith("gate_up") and not module.is_concatenated:
+        natural = torch.cat((natural[:, ::2], natural[:, 1::2]), dim=1)
+    natural = natural.contiguous()
+    if natural.data_ptr() != tensor.data_ptr() and tensor.is_inference():
+        raise UnknownExpertsError(
+            f"{_source_name(name)} has to be copied, and was made in inference mode, where writes to it go unseen"
+        )
+    return natural
+
+
+def _activation(module: Any, gate_up: torch.Tensor) -> Activation:
+    """The activation of the kernels that agrees with the module's own gate on a table of pairs (gate, up).
+
+    Every channel meets some of the pairs, so that a gate which is not the same in all channels agrees with none.
+    Raises UnknownExpertsError where none agrees.
+    """
+    positive = torch.cat((torch.linspace(0, 8, 33), torch.logspace(1, 15, 15)))
+    values = torch.cat((positive, -positive))
+    shuffled = torch.randperm(len(values) ** 2, generator=torch.Generator().manual_seed(0))
+    pairs = torch.cartesian_prod(values, values)[shuffled]
+    channels = gate_up.shape[2 if module.is_transposed else 1] // 2
+    rows = max(PAIRS_PER_CHANNEL, -(-len(pairs) // channels))
+    table = pairs[torch.arange(rows * channels) % len(pairs)].to(gate_up.device).view(rows, channels, 2)
+    gate, up = table.unbind(dim=2)
+    with torch.no_grad():
+        found = module._apply_gate(torch.cat((gate, up), 1) if module.is_concatenated else table.flatten(1))
+    for activation in _candidates(module):
+        if torch.allclose(found, _activate(gate, up, activation), rtol=1e-5, atol=1e-5):
+            return activation
+    raise UnknownExpertsError("their gate is neither SiLU, exact GELU nor the clamped SwiGLU of gpt-oss")
+
+
+def _candidates(module: torch.nn.Module) -> list[Activation]:
+    clamps = [[getattr(module, name, None) for name in pair] for pair in CLAMP_ATTRIBUTES]
+    return [
+        Activation(kind="silu_glu"),
+        Activation(kind="gelu_glu"),
+        *(
+            Activation(kind="clamped_swiglu", alpha=float(alpha), limit=float(limit))
+            for alpha, limit in clamps
+            if isinstance(alpha, (int, float)) and isinstance(limit, (int, float))
+        ),
+    ]
+
+
+def _activate(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """The formula of `Activation`."""
+    if activation.kind == "silu_glu":
+        return functional.silu(gate) * up
+    if activation.kind == "gelu_glu":
+        return functional.gelu(gate) * up
+    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
+
+
+_disable: Any = torch.compiler.disable  # untyped
+ALL_EXPERTS_FUNCTIONS.register(NAME, _disable(experts_forward))
