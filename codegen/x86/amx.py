@@ -243,9 +243,6 @@ def _multiply_block(
     spare = range(len(sums) + p_block, 8)
     q_registers = [spare[j % len(spare)] for j in range(q_block)]
     p_step = TILE_BYTES if plan.copies else ROW_BYTES
-    rounds = plan.q.groups // q_block
-    ahead = [] if plan.copies else _next_streams(b, plan, p_first, p_block, p)
-    lines = max(1, TILE * p_block // rounds)
     product = "tdpbssd" if plan.shape.lane == "i32" else "tdpbf16ps"
 
     def step(k: Index) -> None:
@@ -258,53 +255,9 @@ def _multiply_block(
                 registers = (i * q_block + j, p_registers[i], q_registers[j])
                 b.call(f"llvm.x86.{product}", "void", *[V(str(r), "i8") for r in registers])
 
-        if ahead:
-            turn = b.add(b.multiply(b.divide(q_first, q_block), plan.p.k_tiles), k)
-            _prefetch_lines(b, plan, ahead, b.multiply(turn, lines), lines)
-
     b.repeat(plan.p.k_tiles, 1, step)
     for register, tile in enumerate(tiles):
         b.call("llvm.x86.tilestored64", "void", V(str(register), "i8"), tile, t_stride)
-
-
-def _next_streams(b: Builder, plan: TilePlan, first: Index, block: int, p: V) -> list[tuple[V, V]]:
-    """Those of the groups that come after the block; of the last block its own once more."""
-    last = plan.p.groups - block
-    if last <= 0:
-        return []
-    following = b.add(first, block)
-    if isinstance(following, V):
-        beyond = b.compare("icmp sgt", following, V(str(last), "i64"))
-        following = b.select(beyond, V(str(last), "i64"), following)
-    return [_p_stream(b, plan, b.add(following, i), p) for i in range(block)]
-
-
-def _prefetch_lines(b: Builder, plan: TilePlan, streams: list[tuple[V, V]], first: Index, count: int) -> None:
-    """Into L2 the lines of the groups' rows from a number on, row by row.
-
-    While a block is multiplied the next one comes from memory: the hardware would have to learn anew where each of
-    its rows goes on.
-    """
-    per_row = plan.p.k_tiles
-    for part in range(max(1, count // per_row)):
-        number = b.add(first, part * per_row)
-        row, line = b.divide(number, per_row), b.remainder(number, per_row)
-        start, stride = _stream_of(b, streams, b.divide(row, TILE))
-        place = b.address(start, b.multiply(b.remainder(row, TILE), stride), "i8")
-        place = b.address(place, b.multiply(line, ROW_BYTES), "i8")
-        for i in range(min(count, per_row)):
-            locality = [V("0", "i32"), V("2", "i32"), V("1", "i32")]
-            b.intrinsic("llvm.prefetch", "void", b.address(place, i * ROW_BYTES, "i8"), *locality)
-
-
-def _stream_of(b: Builder, streams: list[tuple[V, V]], group: Index) -> tuple[V, V]:
-    if len(streams) == 1:
-        return streams[0]
-    if isinstance(group, int):
-        return streams[group]
-    first = b.compare("icmp eq", group, V("0", "i64"))
-    (a, a_stride), (c, c_stride) = streams
-    return b.select(first, a, c), b.select(first, a_stride, c_stride)
 
 
 def _tile_load(b: Builder, register: int, place: V, stride: V) -> None:
