@@ -81,6 +81,8 @@ def _sweep(work: Work, table: Singles, over: set[int], total: int) -> None:
     for sweep in range(SWEEPS):
         for step in range(count):
             index = step if sweep % 2 else count - 1 - step
+            if work.clock.passed(np.inf):
+                return
             if _improve(work, tokens, table, index, (SWEEPS - sweep) * count - step, sweep):
                 over.discard(index)
             work.tick((sweep + 1) * count + step + 1, total)
