@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+PAUSE_S = 0.02
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -26,16 +28,20 @@ class Comparison:
         return rounds[quarter], statistics.median(rounds), rounds[-1 - quarter]
 
 
-def compare(sides: Mapping[str, Callable[[int], object]], *, rounds: int, warm: int = 1) -> Comparison:
-    """Call every side once a round with the number of the round, the first side changing from round to round."""
-    for number in range(warm):
-        for run in sides.values():
-            run(number)
+def compare(sides: Mapping[str, Callable[[int], object]], *, rounds: int) -> Comparison:
+    """Time every side once a round, the first side changing from round to round.
+
+    A side is called with a number that counts its calls, to draw fresh data by. Before the timed call the threads of
+    the side before get time to stop spinning (OpenMP's hold the cores for milliseconds after their work), and a call
+    that is not timed wakes the side's own.
+    """
     names, seconds = list(sides), {name: [0.0] * rounds for name in sides}
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
+            time.sleep(PAUSE_S)
+            sides[name](2 * number)
             began = time.perf_counter()
-            sides[name](number)
+            sides[name](2 * number + 1)
             seconds[name][number] = time.perf_counter() - began
     return Comparison(seconds)
 
