@@ -22,7 +22,7 @@ _KINDS = ("", "and", "or", "xor", "add", "fadd", "max", "min", "umax", "umin", "
 _ORDERINGS = ("", "monotonic", "acquire", "release", "acq_rel")
 """LLVM's names, in the order of the attribute `sem`."""
 
-_INTEGERS = {"half": "i16", "bfloat": "i16", "float": "i32", "double": "i64"}
+_INTEGERS = {"half": "i16", "float": "i32", "double": "i64"}
 
 
 def _modify(frame: Frame, op: Op) -> None:
@@ -43,9 +43,9 @@ def _modify(frame: Frame, op: Op) -> None:
 
 
 def _modify_one(b: Builder, kind: str, pointer: V, item: V, order: str, element: str) -> V:
-    if kind == "fadd" and item.type in ("half", "bfloat"):
+    if kind == "fadd" and element in ("f16", "bf16"):
         return _add_short(b, pointer, item, order, element)
-    if kind == "xchg" and item.type in ("half", "bfloat"):
+    if kind == "xchg" and item.type == "half":
         bits = b.cast("bitcast", item, "i16")
         return b.cast("bitcast", _modify_one(b, kind, pointer, bits, order, element), item.type)
     align = BYTES[item.type]

@@ -49,7 +49,7 @@ def like(value: V, lane_type: str) -> str:
 
 
 def constant(number: float | int | bool, lane_type: str, lanes: int = 0) -> V:
-    """A constant, in every lane; floats are rounded to the type (to nearest even), bf16 included."""
+    """A constant, in every lane; floats are rounded to the type, to nearest even."""
     text = _float_text(float(number), lane_type) if lane_type in _FLOATS else str(int(number))
     if not lanes:
         return V(text, lane_type)
@@ -62,8 +62,8 @@ def constants(numbers: Sequence[float | int], lane_type: str) -> V:
     return V(f"<{items}>", vector(len(numbers), lane_type))
 
 
-_FLOATS = ("float", "double", "half", "bfloat")
-_SUFFIX = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "ptr": "p0"}
+_FLOATS = ("float", "double", "half")
+_SUFFIX = {"float": "f32", "double": "f64", "half": "f16", "ptr": "p0"}
 
 
 def _float_text(number: float, lane_type: str) -> str:
@@ -74,12 +74,7 @@ def _float_text(number: float, lane_type: str) -> str:
             return "0xH7C00" if number > 0 else "0xHFC00"
     if lane_type == "double":
         return f"0x{struct.unpack('<Q', struct.pack('<d', number))[0]:016X}"
-    bits = _single_bits(number)
-    if lane_type == "bfloat":
-        if not math.isnan(number):
-            bits += 0x7FFF + (bits >> 16 & 1)
-        return f"0xR{bits >> 16:04X}"
-    (single,) = struct.unpack("<f", struct.pack("<I", bits))
+    (single,) = struct.unpack("<f", struct.pack("<I", _single_bits(number)))
     return f"0x{struct.unpack('<Q', struct.pack('<d', single))[0]:016X}"
 
 
@@ -89,6 +84,12 @@ def _single_bits(number: float) -> int:
     except OverflowError:
         packed = struct.pack("<f", math.copysign(math.inf, number))
     return int(struct.unpack("<I", packed)[0])
+
+
+def nearest_bfloat(number: float) -> int:
+    """Rounded to nearest even."""
+    bits = _single_bits(number)
+    return (bits if math.isnan(number) else bits + 0x7FFF + (bits >> 16 & 1)) >> 16
 
 
 def suffix(type_: str) -> str:

@@ -110,12 +110,7 @@ def _bitcast(b: Builder, op: Op, arguments: list[V]) -> V:
 
 
 def _select(b: Builder, op: Op, arguments: list[V]) -> V:
-    """Of bf16 the bits are selected: LLVM has no vector selection of that type on x86."""
-    condition, yes, no = arguments
-    if yes.lane_type != "bfloat":
-        return b.select(condition, yes, no)
-    bits = b.select(condition, b.cast("bitcast", yes, "i16"), b.cast("bitcast", no, "i16"))
-    return b.cast("bitcast", bits, "bfloat")
+    return b.select(*arguments)
 
 
 # --- floats
@@ -149,21 +144,17 @@ def _function(name: str) -> Lower:
     return _floats(lambda b, *arguments: call_math(b, name, *arguments))
 
 
-_SIGN_BITS = {"half": ("i16", 0x8000), "bfloat": ("i16", 0x8000)}
-
-
 def _change_sign(flip: bool) -> Lower:
     """Of the sign bit alone, so that NaN keeps its payload; the 16-bit formats have no instruction for it."""
 
     def lower(b: Builder, op: Op, arguments: list[V]) -> V:
         (value,) = arguments
-        if value.lane_type not in _SIGN_BITS:
+        if _element(op) not in ("f16", "bf16"):
             negated = f"fneg {value.typed}"
             return b.emit(negated, value.type) if flip else b.intrinsic("llvm.fabs", value.type, value)
-        integer, sign = _SIGN_BITS[value.lane_type]
-        bits = b.cast("bitcast", value, integer)
+        bits = b.cast("bitcast", value, "i16")
         changed = (
-            b.op("xor", bits, _number(sign, bits)) if flip else b.op("and", bits, _number(sign - 1, bits))
+            b.op("xor", bits, _number(0x8000, bits)) if flip else b.op("and", bits, _number(0x7FFF, bits))
         )
         return b.cast("bitcast", changed, value.lane_type)
 

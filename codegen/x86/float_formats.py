@@ -1,7 +1,8 @@
 """Conversions between the float formats, exact in every bit, on scalars and vectors of any lanes.
 
-Formats go by TTIR's names: f64, f32, f16, bf16, f8E4M3FN, f8E5M2; the 8-bit ones travel as i8. bf16 is rounded with
-integer instructions: LLVM turns its own `fptrunc` to bfloat into a call per lane, and AVX512-BF16 flushes subnormals.
+Formats go by TTIR's names: f64, f32, f16, bf16, f8E4M3FN, f8E5M2; the 8-bit ones travel as i8 and bf16 as i16, which
+is rounded with integer instructions: LLVM turns its own `fptrunc` to bfloat into a call per lane, and AVX512-BF16
+flushes subnormals.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def to_single(b: Builder, value: V, source: str) -> V:
     if source == "f16":
         return b.cast("fpext", value, "float")
     if source == "bf16":
-        bits = b.cast("zext", b.cast("bitcast", value, "i16"), "i32")
+        bits = b.cast("zext", value, "i32")
         return b.cast("bitcast", _op(b, "shl", bits, 16), "float")
     if source == "f8E5M2":
         bits = _op(b, "shl", b.cast("zext", value, "i16"), 8)
@@ -138,7 +139,7 @@ def _to_bfloat(b: Builder, value: V, toward_zero: bool) -> V:
     rounded = bits if toward_zero else _round_bits(b, bits, 16)
     quiet = _op(b, "or", bits, 0x400000)
     kept = b.select(b.compare("fcmp uno", value, constant(0.0, "float", value.lanes)), quiet, rounded)
-    return b.cast("bitcast", b.cast("trunc", _op(b, "lshr", kept, 16), "i16"), "bfloat")
+    return b.cast("trunc", _op(b, "lshr", kept, 16), "i16")
 
 
 def _round_bits(b: Builder, bits: V, dropped: int) -> V:

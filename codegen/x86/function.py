@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from moecc.codegen.x86.builder import V, constant
+from moecc.codegen.x86.builder import V, constant, nearest_bfloat
 from moecc.codegen.x86.elementwise import ELEMENTWISE, lower_elementwise
 from moecc.codegen.x86.errors import UnsupportedError
 from moecc.codegen.x86.evaluate import evaluate_vector, pointee_lane, write_tile
@@ -75,17 +75,15 @@ def parse_constant(text: str, type_: Type) -> V:
         return constant(int(text, 16) if number is None else number, lane)
     if text.startswith("0x"):
         bits = int(text, 16)
-        if lane == "i8":
+        if lane in ("i8", "i16"):
             return constant(bits, lane)
-        if lane == "bfloat":
-            return V(f"0xR{bits:04X}", lane)
         form, back = {"float": ("<I", "<f"), "double": ("<Q", "<d"), "half": ("<H", "<e")}[lane]
         if lane == "half":
             return V(f"0xH{bits:04X}", lane)
         return constant(struct.unpack(back, struct.pack(form, bits))[0], lane)
     if lane == "i8":
         raise UnsupportedError(f"constants of type {type_.element}", hint="convert one of type float32")
-    return constant(float(text), lane)
+    return constant(nearest_bfloat(float(text)) if lane == "i16" else float(text), lane)
 
 
 def _splat(frame: Frame, op: Op) -> None:

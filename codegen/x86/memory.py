@@ -11,8 +11,8 @@ from moecc.codegen.x86.tiles import Frame, InlineRule, Rule
 from moecc.codegen.x86.tree import Op, Value
 from moecc.codegen.x86.types import BYTES
 
-_BITS = {"bfloat": "i16", "half": "i16"}
-"""Small floats are moved as integers: LLVM has no masked or selected lanes of them and would convert each."""
+_BITS = {"half": "i16"}
+"""Halves are moved as integers: LLVM has no masked or selected lanes of them and would convert each."""
 
 
 def _moved_as(pointer: Value) -> str:

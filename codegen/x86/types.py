@@ -13,7 +13,7 @@ LLVM_TYPES = {
     "f64": "double",
     "f32": "float",
     "f16": "half",
-    "bf16": "bfloat",
+    "bf16": "i16",
     "f8E4M3FN": "i8",
     "f8E5M2": "i8",
     "i64": "i64",
@@ -24,13 +24,13 @@ LLVM_TYPES = {
     "index": "i64",
     "ptr": "ptr",
 }
-"""Element -> LLVM type of one lane. The 8-bit floats travel as their bits."""
+"""Element -> LLVM type of one lane. The 8-bit floats and bf16 travel as their bits: a vector of bfloat that is live in
+several blocks is converted lane by lane, by calls that change NaN, unless the CPU computes with the type."""
 
 BYTES = {
     "double": 8,
     "float": 4,
     "half": 2,
-    "bfloat": 2,
     "i64": 8,
     "i32": 4,
     "i16": 2,
