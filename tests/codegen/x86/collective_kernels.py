@@ -128,7 +128,8 @@ def map_elements(x, y, z, S: tl.constexpr):
 
 @triton.jit
 def map_pairs(x, y, S: tl.constexpr):
-    tl.store(y + offsets(S), tl.map_elementwise(order_two, tl.load(x + offsets(S)), pack=2))
+    pairs = tl.map_elementwise(order_two, tl.load(x + offsets(S)), pack=2)
+    tl.store(y + offsets(S), pairs[0])
 
 
 @triton.jit
