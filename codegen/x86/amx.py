@@ -146,6 +146,17 @@ class TilePlan(DotPlan):
         define(b.module, name, parameters, lambda c: _multiply(c, self, *parameters))
         call(b, name, p, q, accumulator)
 
+    def product(self, b: Builder, packed_a: V, packed_b: V, accumulator: V, rows: V) -> None:
+        if self.plain or self.shape.rounds:
+            super().product(b, packed_a, packed_b, accumulator, rows)
+            return
+        b.module.globals.setdefault("tilecfg", TILECFG)
+        p, q = (packed_b, packed_a) if self.b_first else (packed_a, packed_b)
+        name = f"amx.product.{self.p.name}.{self.q.name}.{self.copies}.{self.shape.accumulator}"
+        parameters = [V("%p", "ptr"), V("%q", "ptr"), V("%t", "ptr"), V("%rows", "ptr")]
+        define(b.module, name, parameters, lambda c: _product(c, self, *parameters))
+        call(b, name, p, q, accumulator, rows)
+
     def to_rows(self, b: Builder, accumulator: V, rows: V) -> None:
         self._relayout(b, "to", accumulator, rows, _tile_to_rows)
 
@@ -186,8 +197,12 @@ def _block(b: Builder, plan: TilePlan, groups: tuple[Index, Index], rows: V) -> 
 
 
 def _tile_to_rows(b: Builder, plan: TilePlan, groups: tuple[Index, Index], t: V, rows: V, stage: V) -> None:
+    _lines_to_rows(b, plan, groups, _t_tile(b, plan, *groups, t), rows)
+
+
+def _lines_to_rows(b: Builder, plan: TilePlan, groups: tuple[Index, Index], tile: V, rows: V) -> None:
+    """A tile that lies within T, wherever that is, into its place among the rows."""
     lane, element = plan.shape.lane, LLVM_TYPES[plan.shape.accumulator]
-    tile = _t_tile(b, plan, *groups, t)
     places = [b.address(tile, r * plan.q.groups * TILE, lane) for r in range(TILE)]
     block, height, width = _block(b, plan, groups, rows)
     lines = transpose(b, places, lane) if plan.b_first else _whole_lines(b, places, lane)
@@ -215,8 +230,7 @@ def _tile_from_rows(b: Builder, plan: TilePlan, groups: tuple[Index, Index], t: 
 
 def _multiply(b: Builder, plan: TilePlan, p: V, q: V, t: V) -> None:
     """Blocks of tiles of T, P's outermost so that it is read once from memory; all of k within the tile registers."""
-    p_block = 1 if plan.q.groups == ONE_PASS_GROUPS and not plan.copies else min(2, plan.p.groups)
-    q_block = min(2 if p_block == 2 else 4, plan.q.groups)
+    p_block, q_block = _register_block(plan)
     b.repeat(
         plan.p.groups,
         p_block,
@@ -226,15 +240,53 @@ def _multiply(b: Builder, plan: TilePlan, p: V, q: V, t: V) -> None:
     )
 
 
+def _product(b: Builder, plan: TilePlan, p: V, q: V, t: V, rows: V) -> None:
+    """As `_multiply` from zero; what T has of a block of P goes to its rows while it is in the first cache."""
+    p_block, q_block = _register_block(plan)
+
+    def strip(i: Index) -> None:
+        def block(j: Index) -> None:
+            _multiply_block(b, plan, (i, j), (p_block, q_block), p, q, t, strip=True)
+
+        b.repeat(plan.q.groups, q_block, block)
+        for row in range(p_block):
+
+            def place(j: Index, row: int = row) -> None:
+                _lines_to_rows(b, plan, (b.add(i, row), j), _t_tile(b, plan, row, j, t), rows)
+
+            b.repeat(plan.q.groups, 1, place)
+
+    b.repeat(plan.p.groups, p_block, strip)
+
+
+def _register_block(plan: TilePlan) -> tuple[int, int]:
+    """Groups of P and of Q whose sums the registers hold at a time."""
+    p_block = 1 if plan.q.groups == ONE_PASS_GROUPS and not plan.copies else min(2, plan.p.groups)
+    return p_block, min(2 if p_block == 2 else 4, plan.q.groups)
+
+
 def _multiply_block(
-    b: Builder, plan: TilePlan, first: tuple[Index, Index], block: tuple[int, int], p: V, q: V, t: V
+    b: Builder,
+    plan: TilePlan,
+    first: tuple[Index, Index],
+    block: tuple[int, int],
+    p: V,
+    q: V,
+    t: V,
+    *,
+    strip: bool = False,
 ) -> None:
+    """Add a block's products to T, or with `strip` set them in a T that holds these groups of P alone."""
     (p_first, q_first), (p_block, q_block) = first, block
     sums = [(i, j) for i in range(p_block) for j in range(q_block)]
-    tiles = [_t_tile(b, plan, b.add(p_first, i), b.add(q_first, j), t) for i, j in sums]
+    t_row = 0 if strip else p_first
+    tiles = [_t_tile(b, plan, b.add(t_row, i), b.add(q_first, j), t) for i, j in sums]
     t_stride = V(str(plan.q.groups * ROW_BYTES), "i64")
     for register, tile in enumerate(tiles):
-        _tile_load(b, register, tile, t_stride)
+        if strip:
+            b.call("llvm.x86.tilezero", "void", V(str(register), "i8"))
+        else:
+            _tile_load(b, register, tile, t_stride)
     streams = [_p_stream(b, plan, b.add(p_first, i), p) for i in range(p_block)]
     columns = [
         b.address(q, b.multiply(b.add(q_first, j), plan.q.k_tiles * TILE_BYTES), "i8") for j in range(q_block)

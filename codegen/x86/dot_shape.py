@@ -114,6 +114,16 @@ class DotPlan(ABC):
         if self.shape.rounds:
             self._round(b, accumulator)
 
+    def product(self, b: Builder, packed_a: V, packed_b: V, accumulator: V, rows: V) -> None:
+        """rows = A @ B, row-major [m, n] of the accumulator's element; the accumulator is scratch.
+
+        Where `plain`, the two are the same buffer.
+        """
+        self.zero(b, accumulator)
+        self.multiply(b, packed_a, packed_b, accumulator)
+        if not self.plain:
+            self.to_rows(b, accumulator, rows)
+
     def emit(self, b: Builder, a: Rows, b_: Rows, accumulator: V, scratch: V) -> None:
         """accumulator += A @ B, both packed into scratch of `scratch_bytes`."""
         packed_b = b.address(scratch, self.a_bytes, "i8")

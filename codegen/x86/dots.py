@@ -49,7 +49,7 @@ def _as_rows(frame: Frame, tile: Accumulating, value: Value) -> Stored:
 
 
 def _initialise(frame: Frame, plan: DotPlan, buffer: V, initial: Value) -> None:
-    if _is_zero(initial):
+    if is_zero(initial):
         plan.zero(frame.b, buffer)
     else:
         _accumulate_from(frame, plan, buffer, stored(frame, initial).buffer)
@@ -64,10 +64,10 @@ def _accumulate_from(frame: Frame, plan: DotPlan, buffer: V, rows: V) -> None:
         plan.from_rows(frame.b, rows, buffer)
 
 
-def _is_zero(value: Value) -> bool:
+def is_zero(value: Value) -> bool:
     op = value.op
     if op is not None and op.name == "tt.splat":
-        return _is_zero(op.operands[0])
+        return is_zero(op.operands[0])
     if op is None or op.name != "arith.constant":
         return False
     text = splat_text(op)
@@ -120,9 +120,21 @@ def _dot(frame: Frame, op: Op) -> None:
         multiply(frame, op, plan, carried.buffer)
         frame.tiles[op.result] = carried
         return
-    begun = begin_accumulating(frame, plan, op.operands[2])
-    multiply(frame, op, plan, begun.buffer)
-    frame.tiles[op.result] = _as_rows(frame, begun, op.result)
+    frame.tiles[op.result] = finished_product(frame, op, plan, op.operands[2])
+
+
+def finished_product(frame: Frame, op: Op, plan: DotPlan, initial: Value) -> Stored:
+    """initial + A @ B, row-major, over as many blocks of k as the plan was made for."""
+    if not is_zero(initial):
+        begun = begin_accumulating(frame, plan, initial)
+        multiply(frame, op, plan, begun.buffer)
+        return _as_rows(frame, begun, op.result)
+    accumulator = _allocate(frame, plan.accumulator_bytes)
+    rows = Stored(accumulator, op.result.type) if plan.plain else frame.new_tile(op.result.type)
+    a = _packed(frame, plan, op.operands[0], (), is_a=True)
+    b = _packed(frame, plan, op.operands[1], (), is_a=False)
+    plan.product(frame.b, a, b, accumulator, rows.buffer)
+    return rows
 
 
 def _batched(frame: Frame, op: Op, plan: DotPlan) -> None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 from moecc.codegen.x86.builder import V
 from moecc.codegen.x86.dots import (
     accumulates_in_place,
-    begin_accumulating,
     dot_plan,
-    finish_accumulating,
-    multiply,
+    finished_product,
     stays_even,
 )
 from moecc.codegen.x86.steps import Shift, constant_of, shift_of, step
@@ -89,8 +87,5 @@ def _multiply_all(frame: Frame, loop: Op, dots: list[tuple[int, Op]], rounds: in
             frame.tiles[op.result] = Inline(op)
     for i, dot in dots:
         plan = dot_plan(frame, dot, rounds=rounds)
-        argument = loop.body().arguments[1 + i]
-        frame.tiles[argument] = begun = begin_accumulating(frame, plan, loop.operands[3 + i])
-        multiply(frame, dot, plan, begun.buffer)
-        frame.tiles[loop.results[i]] = finish_accumulating(frame, argument)
+        frame.tiles[loop.results[i]] = finished_product(frame, dot, plan, loop.operands[3 + i])
     frame.packed = outer
