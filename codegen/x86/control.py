@@ -128,13 +128,17 @@ def _keeps_places(frame: Frame, value: Value, buffers: set[V]) -> bool:
     todo, seen = [value], {value}
     while todo:
         tile = frame.tiles.get(todo.pop())
-        if not isinstance(tile, Inline):
+        if isinstance(tile, Shifted):
+            below = [tile.initial]
+        elif not isinstance(tile, Inline):
             continue
-        if tile.op.name.partition(".")[0] not in ("arith", "math"):
-            if _touches(frame, tile.op.operands, buffers):
-                return False
+        elif tile.op.name.partition(".")[0] in ("arith", "math"):
+            below = tile.op.operands
+        elif _touches(frame, tile.op.operands, buffers):
+            return False
+        else:
             continue
-        fresh = [operand for operand in tile.op.operands if operand not in seen]
+        fresh = [operand for operand in below if operand not in seen]
         seen.update(fresh)
         todo += fresh
     return True
