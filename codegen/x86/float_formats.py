@@ -7,6 +7,7 @@ flushes subnormals.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,6 +39,23 @@ def convert(b: Builder, value: V, source: str, target: str, *, toward_zero: bool
     if target == "f32":
         return _truncated(b, value, "float") if toward_zero else b.cast("fptrunc", value, "float")
     return _narrow(b, _to_odd(b, value), target, toward_zero)
+
+
+_SMALL = {"f8E4M3FN": (3, 7, 0x7E), "f8E5M2": (2, 15, 0x7B)}
+"""Bits of the fraction, bias of the exponent, the largest finite number."""
+
+
+def bits_of_small(number: float, element: str) -> int:
+    """The finite 8-bit float nearest to a number; of two the smaller."""
+    fraction_bits, bias, largest = _SMALL[element]
+
+    def value(bits: int) -> float:
+        exponent, fraction = bits >> fraction_bits, bits & ((1 << fraction_bits) - 1)
+        digits = fraction + ((exponent > 0) << fraction_bits)
+        return math.ldexp(digits, max(exponent, 1) - bias - fraction_bits)
+
+    nearest = min(range(largest + 1), key=lambda bits: abs(value(bits) - abs(number)))
+    return nearest | (0x80 if math.copysign(1, number) < 0 else 0)
 
 
 def to_single(b: Builder, value: V, source: str) -> V:

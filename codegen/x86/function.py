@@ -8,6 +8,7 @@ from moecc.codegen.x86.builder import V, constant, nearest_bfloat
 from moecc.codegen.x86.elementwise import ELEMENTWISE, lower_elementwise
 from moecc.codegen.x86.errors import UnsupportedError
 from moecc.codegen.x86.evaluate import evaluate_vector, pointee_lane, write_tile
+from moecc.codegen.x86.float_formats import bits_of_small
 from moecc.codegen.x86.lanes import Window
 from moecc.codegen.x86.steps import integer, splat_text
 from moecc.codegen.x86.tiles import Frame, Inline, Rule, Stored
@@ -82,7 +83,7 @@ def parse_constant(text: str, type_: Type) -> V:
             return V(f"0xH{bits:04X}", lane)
         return constant(struct.unpack(back, struct.pack(form, bits))[0], lane)
     if lane == "i8":
-        raise UnsupportedError(f"constants of type {type_.element}", hint="convert one of type float32")
+        return constant(bits_of_small(float(text), type_.element), lane)
     return constant(nearest_bfloat(float(text)) if lane == "i16" else float(text), lane)
 
 
