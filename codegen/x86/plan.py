@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from moecc.codegen.x86.steps import shift_of
+from moecc.codegen.x86.steps import shift_of, step
 from moecc.codegen.x86.tree import Block, Op, Value
 
 EFFECTS = frozenset(
@@ -126,6 +126,8 @@ class _Planner:
         """Each element is read before it is written and no other one is: the store has the load's addresses."""
         if store.name != "tt.store" or store.operands[0] is not load.operands[0]:
             return False
+        if not _are_distinct(store.operands[0]):
+            return False
         return _elementwise_path(store.operands[1], load.result) and not any(
             load.result in _under(operand) for operand in (store.operands[0], *store.operands[2:])
         )
@@ -174,6 +176,18 @@ def _ancestor(op: Op, block: Block | None) -> Op | None:
     while here is not None and here.block is not block:
         here = here.block.owner if here.block else None
     return here
+
+
+def _are_distinct(pointers: Value) -> bool:
+    """No two elements of a tile have one address: each step is longer than all shorter ones reach together."""
+    sizes = enumerate(pointers.type.dims)
+    moves = sorted((abs(step(pointers, dim) or 0), size) for dim, size in sizes if size > 1)
+    reach = 0
+    for by, size in moves:
+        if by <= reach:
+            return False
+        reach += by * (size - 1)
+    return reach < 1 << 31
 
 
 def _under(value: Value) -> set[Value]:
