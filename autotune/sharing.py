@@ -18,7 +18,7 @@ from moecc.autotune.entry import (
 )
 from moecc.autotune.key import Environment
 from moecc.autotune.record import Record, merge
-from moecc.autotune.remotes.store import Blob, Store, StoreError
+from moecc.autotune.remotes.store import Blob, Source, Store, StoreError
 from moecc.autotune.signing import Signer, why_untrusted
 
 LAYOUT = "v1"
@@ -63,7 +63,7 @@ def read_record(name: str, data: bytes, trusted: Collection[str] | None) -> Reco
     return record
 
 
-def scan(store: Store, trusted: Collection[str] | None = None) -> Iterator[Found]:
+def scan(store: Source, trusted: Collection[str] | None = None) -> Iterator[Found]:
     """Every entry of a store, in the order of names; other names are left out. StoreError from the store."""
     for name in store.names(f"{LAYOUT}/"):
         if found := _ENTRY.fullmatch(name):
@@ -72,7 +72,7 @@ def scan(store: Store, trusted: Collection[str] | None = None) -> Iterator[Found
                 yield _judged(name, found[1], blob.data, trusted)
 
 
-def environments(store: Store) -> dict[str, Environment | str]:
+def environments(store: Source) -> dict[str, Environment | str]:
     """By hash, the environment of each manifest or what is wrong with it."""
     found: dict[str, Environment | str] = {}
     for name in store.names(f"{LAYOUT}/"):

@@ -25,20 +25,24 @@ class Blob:
     version: str
 
 
-class Store(Protocol):
+class Source(Protocol):
     """Names are relative paths of plain characters, with slashes. Every method raises StoreError, and nothing else."""
 
     def read(self, name: str) -> Blob | None:
         """What is there, None if nothing is."""
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """Every name under a prefix that ends with a slash."""
+
+
+class Store(Source, Protocol):
+    """A source that takes new entries."""
 
     def write(self, name: str, data: bytes, replaces: str | None) -> bool:
         """Replaces that version (None: nothing may be there) at once. False, and no change, where another is there.
 
         A store that cannot compare says so in its module, and may then lose the slower of two writes at once.
         """
-
-    def names(self, prefix: str) -> Iterator[str]:
-        """Every name under a prefix that ends with a slash."""
 
     def remove(self, name: str) -> None:
         """Nothing happens where nothing is."""

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from moecc import __version__
-from moecc.cli import compile, doctor, opt, place, run, trace
+from moecc.cli import cache, compile, doctor, opt, place, run, trace
 from moecc.errors import MoeccError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("opt")(opt.opt_command)
 app.command("run")(run.run_command)
 app.command("doctor")(doctor.doctor_command)
 app.add_typer(trace.app, name="trace")
+app.add_typer(cache.app, name="cache")
 
 
 def _version(wanted: bool) -> None:
