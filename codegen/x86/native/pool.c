@@ -181,6 +181,19 @@ static uint32_t next_ticket(struct worker *worker, uint32_t seen)
     return atomic_load(&worker->ticket);
 }
 
+/* Linux likes to wake a thread on its waker's core and may leave both there for many milliseconds. A mask without that
+   core moves the thread at once; it keeps the place when it gets its own mask back. */
+static void leave_core(int core, int threads)
+{
+    cpu_set_t allowed, others;
+    if (sched_getcpu() != core || sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) < threads)
+        return;
+    others = allowed;
+    CPU_CLR(core, &others);
+    if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others))
+        sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
 static void *work(void *argument)
 {
     struct worker *worker = argument;
@@ -190,6 +203,7 @@ static void *work(void *argument)
             continue;
         struct job *job = pool.job;
         wake_children(pool.workers, worker->index, job->threads - 1, ticket, atomic_load(&job->lazy));
+        leave_core(job->core, job->threads);
         run_share(worker, job);
         leave();
     }
@@ -284,6 +298,7 @@ static void run_job(struct job *job, struct text *output)
     }
     int wanted = grow_pool((int)(job->total < job->threads ? job->total : job->threads) - 1);
     job->threads = wanted + 1;
+    job->core = sched_getcpu();
     pool.job = job;
     pool.epoch += pool.epoch == UINT32_MAX ? 2 : 1;
     atomic_store(&pool.gate, (uint64_t)pool.epoch << 32 | OPEN);

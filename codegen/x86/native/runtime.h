@@ -7,6 +7,7 @@
 #include <linux/futex.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -44,7 +45,7 @@ struct job {
     const uint64_t *arguments;
     int32_t grid[3];
     int64_t total;
-    int threads;
+    int threads, core;  /* the core is the caller's */
     size_t arena_bytes;
     bool traced;        /* one program a call, so that messages can tell which */
     _Atomic bool lazy;  /* workers that sleep are left asleep */
