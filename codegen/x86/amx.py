@@ -7,11 +7,11 @@ memory as they are; then T is a tile of the transposed result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from moecc.codegen.x86.amx_multiply import Product, emit_product
 from moecc.codegen.x86.amx_pack import (
-    GROUP_BYTES,
     ROW_BYTES,
     TILE,
     TILE_BYTES,
@@ -20,13 +20,10 @@ from moecc.codegen.x86.amx_pack import (
     table_bytes,
     tabulate,
 )
-from moecc.codegen.x86.builder import Builder, Index, V
+from moecc.codegen.x86.builder import Builder, Index, V, constant
 from moecc.codegen.x86.dot_shape import DotPlan, DotShape, Over, Rows, call, define
 from moecc.codegen.x86.pack import transpose, widen
 from moecc.codegen.x86.types import LLVM_TYPES
-
-ONE_PASS_GROUPS = 4
-"""As many groups of Q fill the registers beside one of P, which is then read from memory in one even stream."""
 
 STREAMED_COLUMNS = 256
 """Up to as many columns of Q, to copy P into tiles costs more than to read it again from rows far apart."""
@@ -138,24 +135,47 @@ class TilePlan(DotPlan):
         else:
             tabulate(b, self.p, rows.pointers, packed)
 
-    def add_product(self, b: Builder, packed_a: V, packed_b: V, accumulator: V) -> None:
-        b.module.globals.setdefault("tilecfg", TILECFG)
-        p, q = (packed_b, packed_a) if self.b_first else (packed_a, packed_b)
-        name = f"amx.multiply.{self.p.name}.{self.q.name}.{self.copies}"
-        parameters = [V("%p", "ptr"), V("%q", "ptr"), V("%t", "ptr")]
-        define(b.module, name, parameters, lambda c: _multiply(c, self, *parameters))
-        call(b, name, p, q, accumulator)
+    def add_product(
+        self, b: Builder, packed_a: V, packed_b: V, accumulator: V, used: V | None = None
+    ) -> None:
+        self._call(b, "multiply", emit_product, (packed_a, packed_b), [accumulator], used)
 
-    def product(self, b: Builder, packed_a: V, packed_b: V, accumulator: V, rows: V) -> None:
+    def product(
+        self, b: Builder, packed_a: V, packed_b: V, accumulator: V, rows: V, used: V | None = None
+    ) -> None:
         if self.plain or self.shape.rounds:
-            super().product(b, packed_a, packed_b, accumulator, rows)
+            super().product(b, packed_a, packed_b, accumulator, rows, used)
             return
+
+        def emit(c: Builder, product: Product, p: V, q: V, q_groups: V, t: V, rows: V) -> None:
+            def finish(p_group: Index, tiles: V) -> None:
+                _strip_to_rows(c, self, p_group, q_groups, tiles, rows)
+
+            emit_product(c, product, p, q, q_groups, t, finish)
+
+        name = f"product.{self.shape.accumulator}"
+        self._call(b, name, emit, (packed_a, packed_b), [accumulator, rows], used)
+
+    def _call(
+        self,
+        b: Builder,
+        name: str,
+        emit: Callable[..., None],
+        packed: tuple[V, V],
+        results: Sequence[V],
+        used: V | None,
+    ) -> None:
         b.module.globals.setdefault("tilecfg", TILECFG)
-        p, q = (packed_b, packed_a) if self.b_first else (packed_a, packed_b)
-        name = f"amx.product.{self.p.name}.{self.q.name}.{self.copies}.{self.shape.accumulator}"
-        parameters = [V("%p", "ptr"), V("%q", "ptr"), V("%t", "ptr"), V("%rows", "ptr")]
-        define(b.module, name, parameters, lambda c: _product(c, self, *parameters))
-        call(b, name, p, q, accumulator, rows)
+        product = Product(p=self.p, q=self.q, copies=self.copies, lane=self.shape.lane)
+        q_groups = constant(self.q.groups, "i64")
+        if used is not None and self.b_first:
+            q_groups = b.op("udiv", b.op("add", used, constant(TILE - 1, "i64")), constant(TILE, "i64"))
+        p, q = packed[::-1] if self.b_first else packed
+        arguments = [p, q, q_groups, *results]
+        parameters = [V(f"%argument{i}", argument.type) for i, argument in enumerate(arguments)]
+        name = f"amx.{name}.{product.name}"
+        define(b.module, name, parameters, lambda c: emit(c, product, *parameters))
+        call(b, name, *arguments)
 
     def to_rows(self, b: Builder, accumulator: V, rows: V) -> None:
         self._relayout(b, "to", accumulator, rows, _tile_to_rows)
@@ -196,6 +216,17 @@ def _block(b: Builder, plan: TilePlan, groups: tuple[Index, Index], rows: V) -> 
     return b.address(rows, place, element), min(TILE, plan.shape.m), min(TILE, n)
 
 
+def _strip_to_rows(b: Builder, plan: TilePlan, p_group: Index, q_groups: V, tiles: V, rows: V) -> None:
+    """The tiles of a group of P, which lie side by side, into their places among the rows."""
+
+    def place(q_group: V, _: list[V]) -> tuple[()]:
+        tile = b.address(tiles, b.multiply(q_group, ROW_BYTES), "i8")
+        _lines_to_rows(b, plan, (p_group, q_group), tile, rows)
+        return ()
+
+    b.loop(0, q_groups, 1, place)
+
+
 def _tile_to_rows(b: Builder, plan: TilePlan, groups: tuple[Index, Index], t: V, rows: V, stage: V) -> None:
     _lines_to_rows(b, plan, groups, _t_tile(b, plan, *groups, t), rows)
 
@@ -226,100 +257,3 @@ def _tile_from_rows(b: Builder, plan: TilePlan, groups: tuple[Index, Index], t: 
     lines = transpose(b, staged, lane) if plan.b_first else _whole_lines(b, staged, lane)
     for r, line in enumerate(lines):
         b.store(line, b.address(tile, r * plan.q.groups * TILE, lane))
-
-
-def _multiply(b: Builder, plan: TilePlan, p: V, q: V, t: V) -> None:
-    """Blocks of tiles of T, P's outermost so that it is read once from memory; all of k within the tile registers."""
-    p_block, q_block = _register_block(plan)
-    b.repeat(
-        plan.p.groups,
-        p_block,
-        lambda i: b.repeat(
-            plan.q.groups, q_block, lambda j: _multiply_block(b, plan, (i, j), (p_block, q_block), p, q, t)
-        ),
-    )
-
-
-def _product(b: Builder, plan: TilePlan, p: V, q: V, t: V, rows: V) -> None:
-    """As `_multiply` from zero; what T has of a block of P goes to its rows while it is in the first cache."""
-    p_block, q_block = _register_block(plan)
-
-    def strip(i: Index) -> None:
-        def block(j: Index) -> None:
-            _multiply_block(b, plan, (i, j), (p_block, q_block), p, q, t, strip=True)
-
-        b.repeat(plan.q.groups, q_block, block)
-        for row in range(p_block):
-
-            def place(j: Index, row: int = row) -> None:
-                _lines_to_rows(b, plan, (b.add(i, row), j), _t_tile(b, plan, row, j, t), rows)
-
-            b.repeat(plan.q.groups, 1, place)
-
-    b.repeat(plan.p.groups, p_block, strip)
-
-
-def _register_block(plan: TilePlan) -> tuple[int, int]:
-    """Groups of P and of Q whose sums the registers hold at a time."""
-    p_block = 1 if plan.q.groups == ONE_PASS_GROUPS and not plan.copies else min(2, plan.p.groups)
-    return p_block, min(2 if p_block == 2 else 4, plan.q.groups)
-
-
-def _multiply_block(
-    b: Builder,
-    plan: TilePlan,
-    first: tuple[Index, Index],
-    block: tuple[int, int],
-    p: V,
-    q: V,
-    t: V,
-    *,
-    strip: bool = False,
-) -> None:
-    """Add a block's products to T, or with `strip` set them in a T that holds these groups of P alone."""
-    (p_first, q_first), (p_block, q_block) = first, block
-    sums = [(i, j) for i in range(p_block) for j in range(q_block)]
-    t_row = 0 if strip else p_first
-    tiles = [_t_tile(b, plan, b.add(t_row, i), b.add(q_first, j), t) for i, j in sums]
-    t_stride = V(str(plan.q.groups * ROW_BYTES), "i64")
-    for register, tile in enumerate(tiles):
-        if strip:
-            b.call("llvm.x86.tilezero", "void", V(str(register), "i8"))
-        else:
-            _tile_load(b, register, tile, t_stride)
-    streams = [_p_stream(b, plan, b.add(p_first, i), p) for i in range(p_block)]
-    columns = [
-        b.address(q, b.multiply(b.add(q_first, j), plan.q.k_tiles * TILE_BYTES), "i8") for j in range(q_block)
-    ]
-    p_registers = [len(sums) + i for i in range(p_block)]
-    spare = range(len(sums) + p_block, 8)
-    q_registers = [spare[j % len(spare)] for j in range(q_block)]
-    p_step = TILE_BYTES if plan.copies else ROW_BYTES
-    product = "tdpbssd" if plan.shape.lane == "i32" else "tdpbf16ps"
-
-    def step(k: Index) -> None:
-        for i, (start, stride) in enumerate(streams):
-            _tile_load(b, p_registers[i], b.address(start, b.multiply(k, p_step), "i8"), stride)
-            for j, column in enumerate(columns):
-                if i == 0:
-                    place = b.address(column, b.multiply(k, TILE_BYTES), "i8")
-                    _tile_load(b, q_registers[j], place, V(str(ROW_BYTES), "i64"))
-                registers = (i * q_block + j, p_registers[i], q_registers[j])
-                b.call(f"llvm.x86.{product}", "void", *[V(str(r), "i8") for r in registers])
-
-    b.repeat(plan.p.k_tiles, 1, step)
-    for register, tile in enumerate(tiles):
-        b.call("llvm.x86.tilestored64", "void", V(str(register), "i8"), tile, t_stride)
-
-
-def _tile_load(b: Builder, register: int, place: V, stride: V) -> None:
-    b.call("llvm.x86.tileloadd64", "void", V(str(register), "i8"), place, stride)
-
-
-def _p_stream(b: Builder, plan: TilePlan, group: Index, p: V) -> tuple[V, V]:
-    """Address of a group's first tile and the distance of its rows."""
-    if plan.copies:
-        place = b.address(p, b.multiply(group, plan.p.k_tiles * TILE_BYTES), "i8")
-        return place, V(str(ROW_BYTES), "i64")
-    entry = b.address(p, b.multiply(group, GROUP_BYTES), "i8")
-    return b.load("ptr", entry), b.load("i64", b.address(entry, 8, "i8"))

@@ -192,7 +192,7 @@ def _pad(b: Builder, line: V, lanes: int) -> V:
 def tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
     """For each group of 16 whole rows its first address and the distance of rows; uneven groups are copied first.
 
-    The copies lie behind the table.
+    The rows of a group lie `groups` apart: one of every 16th of the operand. The copies lie behind the table.
     """
     parameters = [V("%pointers", "ptr"), V("%packed", "ptr")]
     name = f"amx.tabulate.{operand.name}"
@@ -208,8 +208,8 @@ def _tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
     copy_stride = operand.k_tiles * ROW_BYTES
 
     def of_group(group: Index) -> None:
-        first = b.address(pointers, b.multiply(group, TILE), "ptr")
-        addresses = b.load(vector(TILE, "i64"), first)
+        rows = _rows_apart(b, operand, pointers, group)
+        addresses = _together(b, rows)
         start = b.extract(addresses, 0)
         stride = b.op("sub", b.extract(addresses, 1), start)
         steps = b.op("mul", b.splat(stride, TILE), constants(range(TILE), "i64"))
@@ -220,7 +220,6 @@ def _tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
         def copy() -> list[V]:
             place = table_bytes(operand)
             copies = b.address(packed, b.add(b.multiply(group, TILE * copy_stride), place), "i8")
-            rows = row_pointers(b, first, V("0", "i64"), operand.count, TILE)
             b.repeat(operand.k_tiles, 1, lambda step: copy_step(rows, copies, step))
             return [b.cast("ptrtoint", copies, "i64"), constant(copy_stride, "i64")]
 
@@ -234,3 +233,16 @@ def _tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
         b.store(distance, b.address(entry, 8, "i8"))
 
     b.repeat(operand.groups, 1, of_group)
+
+
+def _rows_apart(b: Builder, operand: Operand, pointers: V, group: Index) -> list[V]:
+    return [
+        b.load("ptr", b.address(pointers, b.add(group, row * operand.groups), "ptr")) for row in range(TILE)
+    ]
+
+
+def _together(b: Builder, addresses: list[V]) -> V:
+    total = V("poison", vector(len(addresses), "i64"))
+    for lane, address in enumerate(addresses):
+        total = b.insert(total, b.cast("ptrtoint", address, "i64"), lane)
+    return total

@@ -16,12 +16,16 @@ Over = Literal["outer", "k"]
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix as `count` row addresses, each of `length` contiguous elements; rows may lie anywhere."""
+    """A matrix as `count` row addresses, each of `length` contiguous elements; rows may lie anywhere.
+
+    Only the first `used` of them need to be read, an i64; None means all.
+    """
 
     pointers: V
     count: int
     length: int
     element: str
+    used: V | None = None
 
 
 @dataclass(frozen=True)
@@ -105,22 +109,26 @@ class DotPlan(ABC):
     def pack_b(self, b: Builder, rows: Rows, packed: V) -> None: ...
 
     @abstractmethod
-    def add_product(self, b: Builder, packed_a: V, packed_b: V, accumulator: V) -> None:
+    def add_product(
+        self, b: Builder, packed_a: V, packed_b: V, accumulator: V, used: V | None = None
+    ) -> None:
         """accumulator += A @ B, not rounded."""
 
-    def multiply(self, b: Builder, packed_a: V, packed_b: V, accumulator: V) -> None:
-        """accumulator += A @ B."""
-        self.add_product(b, packed_a, packed_b, accumulator)
+    def multiply(self, b: Builder, packed_a: V, packed_b: V, accumulator: V, used: V | None = None) -> None:
+        """accumulator += A @ B; of rows from `used` on, an i64, nothing is known afterwards."""
+        self.add_product(b, packed_a, packed_b, accumulator, used)
         if self.shape.rounds:
             self._round(b, accumulator)
 
-    def product(self, b: Builder, packed_a: V, packed_b: V, accumulator: V, rows: V) -> None:
+    def product(
+        self, b: Builder, packed_a: V, packed_b: V, accumulator: V, rows: V, used: V | None = None
+    ) -> None:
         """rows = A @ B, row-major [m, n] of the accumulator's element; the accumulator is scratch.
 
-        Where `plain`, the two are the same buffer.
+        Where `plain`, the two are the same buffer. Of rows from `used` on, an i64, nothing is known afterwards.
         """
         self.zero(b, accumulator)
-        self.multiply(b, packed_a, packed_b, accumulator)
+        self.multiply(b, packed_a, packed_b, accumulator, used)
         if not self.plain:
             self.to_rows(b, accumulator, rows)
 

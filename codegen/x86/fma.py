@@ -100,7 +100,9 @@ class OuterPlan(VectorPlan):
         else:
             self.panels.pack(b, rows.pointers, packed)
 
-    def add_product(self, b: Builder, packed_a: V, packed_b: V, accumulator: V) -> None:
+    def add_product(
+        self, b: Builder, packed_a: V, packed_b: V, accumulator: V, used: V | None = None
+    ) -> None:
         parameters = [V("%a", "ptr"), V("%b", "ptr"), V("%sums", "ptr")]
         name = f"fma.outer.{self.shape.name}.{self.a_over}.{self.b_over}"
         define(b.module, name, parameters, lambda c: _outer(c, self, *parameters))
@@ -225,7 +227,9 @@ class InnerPlan(VectorPlan):
     def pack_b(self, b: Builder, rows: Rows, packed: V) -> None:
         copy_pointers(b, rows.pointers, rows.count, packed)
 
-    def add_product(self, b: Builder, packed_a: V, packed_b: V, accumulator: V) -> None:
+    def add_product(
+        self, b: Builder, packed_a: V, packed_b: V, accumulator: V, used: V | None = None
+    ) -> None:
         parameters = [V("%a", "ptr"), V("%b", "ptr"), V("%sums", "ptr")]
         name = f"fma.inner.{self.shape.name}"
         define(b.module, name, parameters, lambda c: _inner(c, self, *parameters))

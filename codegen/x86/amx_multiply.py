@@ -1,0 +1,254 @@
+"""The products of AMX tiles: T += P Q with all of k inside the tile registers.
+
+P in tiles of its own (`copies`) is multiplied in blocks of 2 x 2 tiles. P that streams from memory is read once: a
+tile of it by up to 6 of Q, whose sums fill the registers, so that the cache has to deliver little besides the stream.
+
+A tile of a streamed P takes rows that lie `groups` rows apart: its 16 streams run on in the next tile where they ended
+in this one, and the hardware, which prefetches within a page of 4 KiB, finds few streams in each. It still has to
+begin anew at every page; the first lines of the rows to come are therefore fetched ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from moecc.codegen.x86.amx_pack import GROUP_BYTES, ROW_BYTES, TILE, TILE_BYTES, Operand
+from moecc.codegen.x86.builder import Builder, Index, V, constant
+
+WIDEST = 6
+"""Sums of one tile of P that fit in the registers beside it and one of Q."""
+WIDE = 4
+"""Sums at a time where there are more than the widest: the rest is never a lone one."""
+HEAD_LINES = 4
+"""Of each row to come: as many as start the hardware's prefetcher. More were no faster, all were slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Operands, and whether P lies in tiles of its own."""
+
+    p: Operand
+    q: Operand
+    copies: bool
+    lane: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.p.name}.{self.q.name}.{self.copies}"
+
+    @property
+    def t_row_bytes(self) -> int:
+        return self.q.groups * ROW_BYTES
+
+
+Finish = Callable[[Index, V], None]
+"""What becomes of a group of P whose tiles, side by side, lie at an address."""
+
+
+def emit_product(
+    b: Builder, product: Product, p: V, q: V, q_groups: V, t: V, finish: Finish | None = None
+) -> None:
+    """T += P Q for the first `q_groups` of Q; with `finish` from zero, and T is scratch that it gets to see."""
+    body = _multiply_tiles if product.copies else _multiply_stream
+    body(b, product, p, q, q_groups, t, finish)
+
+
+def _tile_load(b: Builder, register: int, place: V, stride: V) -> None:
+    b.call("llvm.x86.tileloadd64", "void", constant(register, "i8"), place, stride)
+
+
+def _tile_store(b: Builder, register: int, place: V, stride: V) -> None:
+    b.call("llvm.x86.tilestored64", "void", constant(register, "i8"), place, stride)
+
+
+def _tile_multiply(b: Builder, product: Product, total: int, p: int, q: int) -> None:
+    name = "tdpbssd" if product.lane == "i32" else "tdpbf16ps"
+    b.call(f"llvm.x86.{name}", "void", *(constant(register, "i8") for register in (total, p, q)))
+
+
+def _bytes(count: int) -> V:
+    return constant(count, "i64")
+
+
+def _begin_sums(b: Builder, places: Sequence[V], stride: V, *, from_zero: bool) -> None:
+    for register, place in enumerate(places):
+        if from_zero:
+            b.call("llvm.x86.tilezero", "void", constant(register, "i8"))
+        else:
+            _tile_load(b, register, place, stride)
+
+
+def _multiply_tiles(
+    b: Builder, product: Product, p: V, q: V, q_groups: V, t: V, finish: Finish | None
+) -> None:
+    """What T has of a block of P is finished while it is in the first cache."""
+    p_block = min(2, product.p.groups)
+    q_block = min(2 if p_block == 2 else 4, product.q.groups)
+    strip_bytes = TILE * product.t_row_bytes
+
+    def of_rows(p_first: Index) -> None:
+        rows = b.address(p, b.multiply(p_first, product.p.k_tiles * TILE_BYTES), "i8")
+        strips = t if finish else b.address(t, b.multiply(p_first, strip_bytes), "i8")
+
+        def block(q_first: V, _: list[V]) -> tuple[()]:
+            columns = b.address(q, b.multiply(q_first, product.q.k_tiles * TILE_BYTES), "i8")
+            tiles = b.address(strips, b.multiply(q_first, ROW_BYTES), "i8")
+            _multiply_block(b, product, (p_block, q_block), rows, columns, tiles, from_zero=bool(finish))
+            return ()
+
+        b.loop(0, q_groups, q_block, block)
+        if finish:
+            for i in range(p_block):
+                finish(b.add(p_first, i), b.address(t, i * strip_bytes, "i8"))
+
+    b.repeat(product.p.groups, p_block, of_rows)
+
+
+def _multiply_block(
+    b: Builder, product: Product, block: tuple[int, int], p: V, q: V, t: V, *, from_zero: bool
+) -> None:
+    (p_block, q_block), k_tiles = block, product.p.k_tiles
+    sums = [(i, j) for i in range(p_block) for j in range(q_block)]
+    row, line = _bytes(product.t_row_bytes), _bytes(ROW_BYTES)
+    places = [b.address(t, i * TILE * product.t_row_bytes + j * ROW_BYTES, "i8") for i, j in sums]
+    rows = [b.address(p, i * k_tiles * TILE_BYTES, "i8") for i in range(p_block)]
+    columns = [b.address(q, j * k_tiles * TILE_BYTES, "i8") for j in range(q_block)]
+    spare = range(len(sums) + p_block, 8)
+    q_registers = [spare[j % len(spare)] for j in range(q_block)]
+    _begin_sums(b, places, row, from_zero=from_zero)
+
+    def step(k: Index) -> None:
+        for i, start in enumerate(rows):
+            _tile_load(b, len(sums) + i, b.address(start, b.multiply(k, TILE_BYTES), "i8"), line)
+            for j, column in enumerate(columns):
+                if i == 0:
+                    _tile_load(b, q_registers[j], b.address(column, b.multiply(k, TILE_BYTES), "i8"), line)
+                _tile_multiply(b, product, i * q_block + j, len(sums) + i, q_registers[j])
+
+    b.repeat(k_tiles, 1, step)
+    for register, tile in enumerate(places):
+        _tile_store(b, register, tile, row)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Rows of P as a tile's: where the first begins and how far they are apart."""
+
+    start: V
+    stride: V
+
+
+def _multiply_stream(
+    b: Builder, product: Product, p: V, q: V, q_groups: V, t: V, finish: Finish | None
+) -> None:
+    last = product.p.groups - 1
+
+    def of_group(group: Index) -> None:
+        following = b.add(group, 1)
+        if isinstance(following, V):
+            following = b.intrinsic("llvm.smin", "i64", following, _bytes(last))
+        ahead = _stream(b, p, following) if last else None
+        tiles = b.address(t, b.multiply(group, product.t_row_bytes), "i8")
+        _all_sums(b, product, _stream(b, p, group), ahead, q, q_groups, tiles, from_zero=bool(finish))
+
+    b.repeat(product.p.groups, 1, of_group)
+    if finish:
+        strip_bytes = TILE * product.t_row_bytes
+        b.repeat(product.p.groups, 1, lambda i: finish(i, b.address(t, b.multiply(i, strip_bytes), "i8")))
+
+
+def _stream(b: Builder, p: V, group: Index) -> _Stream:
+    entry = b.address(p, b.multiply(group, GROUP_BYTES), "i8")
+    return _Stream(b.load("ptr", entry), b.load("i64", b.address(entry, 8, "i8")))
+
+
+def _all_sums(
+    b: Builder,
+    product: Product,
+    stream: _Stream,
+    ahead: _Stream | None,
+    q: V,
+    q_groups: V,
+    t: V,
+    *,
+    from_zero: bool,
+) -> None:
+    """The sums of one tile's rows of P, as many at a time as the registers hold."""
+    most = product.q.groups
+
+    def some(first: Index) -> None:
+        columns = b.address(q, b.multiply(first, product.q.k_tiles * TILE_BYTES), "i8")
+        tiles = b.address(t, b.multiply(first, ROW_BYTES), "i8")
+        count = _count_of_pass(b, q_groups, first) if most > WIDEST else q_groups
+        for size in range(1, min(WIDEST, most) + 1):
+            b.choose(
+                b.compare("icmp eq", count, _bytes(size)),
+                partial(_sums, b, product, stream, ahead, columns, tiles, size, from_zero=from_zero),
+            )
+
+    b.repeat(most, WIDE if most > WIDEST else most, some)
+
+
+def _count_of_pass(b: Builder, q_groups: V, first: Index) -> V:
+    """All that are left if they fit, else 4, so that the rest is more than 2; none that the pass before has done."""
+    assert isinstance(first, V)
+    left = b.op("sub", q_groups, first)
+    fits = b.compare("icmp sle", left, _bytes(WIDEST))
+    is_first = b.compare("icmp eq", first, _bytes(0))
+    is_left = b.op("or", is_first, b.compare("icmp sgt", left, _bytes(WIDEST - WIDE)))
+    return b.select(is_left, b.select(fits, left, _bytes(WIDE)), _bytes(0))
+
+
+def _sums(
+    b: Builder,
+    product: Product,
+    stream: _Stream,
+    ahead: _Stream | None,
+    q: V,
+    t: V,
+    count: int,
+    *,
+    from_zero: bool,
+) -> None:
+    row, line = _bytes(product.p.groups * product.t_row_bytes), _bytes(ROW_BYTES)
+    places = [b.address(t, j * ROW_BYTES, "i8") for j in range(count)]
+    columns = [b.address(q, j * product.q.k_tiles * TILE_BYTES, "i8") for j in range(count)]
+    _begin_sums(b, places, row, from_zero=from_zero)
+
+    def step(k: Index) -> None:
+        _tile_load(b, 6, b.address(stream.start, b.multiply(k, ROW_BYTES), "i8"), stream.stride)
+        for register, column in enumerate(columns):
+            _tile_load(b, 7, b.address(column, b.multiply(k, TILE_BYTES), "i8"), line)
+            _tile_multiply(b, product, register, 6, 7)
+
+    _steps(b, product.p.k_tiles, step, ahead)
+    for register, place in enumerate(places):
+        _tile_store(b, register, place, row)
+
+
+def _steps(b: Builder, k_tiles: int, step: Callable[[Index], None], ahead: _Stream | None) -> None:
+    """All steps of k; during the last ones the rows to come are begun, a row or a few in each."""
+    if ahead is None:
+        b.repeat(k_tiles, 1, step)
+        return
+    rows_per_step = -(-TILE // k_tiles)
+    heads = TILE // rows_per_step
+    first = k_tiles - heads
+
+    def begin(k: Index) -> None:
+        step(b.add(k, first))
+        for i in range(rows_per_step):
+            row = b.add(b.multiply(k, rows_per_step), i)
+            _prefetch(b, b.address(ahead.start, b.multiply(row, ahead.stride), "i8"))
+
+    if first:
+        b.repeat(first, 1, step)
+    b.repeat(heads, 1, begin)
+
+
+def _prefetch(b: Builder, row: V) -> None:
+    read, into_l2, data = constant(0, "i32"), constant(2, "i32"), constant(1, "i32")
+    for line in range(HEAD_LINES):
+        b.intrinsic("llvm.prefetch", "void", b.address(row, line * ROW_BYTES, "i8"), read, into_l2, data)
