@@ -120,6 +120,10 @@ class TilePlan(DotPlan):
     def plain(self) -> bool:
         return super().plain and not self.b_first and self.q.count >= TILE
 
+    @property
+    def skips_rows(self) -> bool:
+        return self.b_first and self.q.groups > 1
+
     def pack_a(self, b: Builder, rows: Rows, packed: V) -> None:
         (self._pack_q if self.b_first else self._pack_p)(b, rows, packed)
 
@@ -127,11 +131,13 @@ class TilePlan(DotPlan):
         (self._pack_p if self.b_first else self._pack_q)(b, rows, packed)
 
     def _pack_q(self, b: Builder, rows: Rows, packed: V) -> None:
-        pack_tiles(b, self.q, rows.pointers, packed, transposed=self.q.over == "outer")
+        groups = self._q_groups(b, rows.used)
+        pack_tiles(b, self.q, groups, rows.pointers, packed, transposed=self.q.over == "outer")
 
     def _pack_p(self, b: Builder, rows: Rows, packed: V) -> None:
         if self.copies:
-            pack_tiles(b, self.p, rows.pointers, packed, transposed=self.p.over == "k")
+            groups = constant(self.p.groups, "i64")
+            pack_tiles(b, self.p, groups, rows.pointers, packed, transposed=self.p.over == "k")
         else:
             tabulate(b, self.p, rows.pointers, packed)
 
@@ -167,15 +173,18 @@ class TilePlan(DotPlan):
     ) -> None:
         b.module.globals.setdefault("tilecfg", TILECFG)
         product = Product(p=self.p, q=self.q, copies=self.copies, lane=self.shape.lane)
-        q_groups = constant(self.q.groups, "i64")
-        if used is not None and self.b_first:
-            q_groups = b.op("udiv", b.op("add", used, constant(TILE - 1, "i64")), constant(TILE, "i64"))
         p, q = packed[::-1] if self.b_first else packed
-        arguments = [p, q, q_groups, *results]
+        arguments = [p, q, self._q_groups(b, used), *results]
         parameters = [V(f"%argument{i}", argument.type) for i, argument in enumerate(arguments)]
         name = f"amx.{name}.{product.name}"
         define(b.module, name, parameters, lambda c: emit(c, product, *parameters))
         call(b, name, *arguments)
+
+    def _q_groups(self, b: Builder, used: V | None) -> V:
+        """Groups of Q with a row that has a reader."""
+        if used is None or not self.skips_rows:
+            return constant(self.q.groups, "i64")
+        return b.op("udiv", b.op("add", used, constant(TILE - 1, "i64")), constant(TILE, "i64"))
 
     def to_rows(self, b: Builder, accumulator: V, rows: V) -> None:
         self._relayout(b, "to", accumulator, rows, _tile_to_rows)

@@ -66,17 +66,17 @@ class Operand:
         return f"{self.count}x{self.k}.{self.element}.{self.over}"
 
 
-def pack_tiles(b: Builder, operand: Operand, pointers: V, packed: V, *, transposed: bool) -> None:
-    """Write all tiles: as the operand's rows run, or transposed by dwords."""
-    source, target = V("%pointers", "ptr"), V("%packed", "ptr")
+def pack_tiles(b: Builder, operand: Operand, groups: V, pointers: V, packed: V, *, transposed: bool) -> None:
+    """Write the tiles of the first groups at least: as the operand's rows run, or transposed by dwords."""
+    parameters = [V("%groups", "i64"), V("%pointers", "ptr"), V("%packed", "ptr")]
     name = f"amx.pack.{operand.name}.{transposed}"
-    define(b.module, name, [source, target], lambda c: _pack_tiles(c, operand, source, target, transposed))
-    call(b, name, pointers, packed)
+    define(b.module, name, parameters, lambda c: _pack_tiles(c, operand, *parameters, transposed=transposed))
+    call(b, name, groups, pointers, packed)
 
 
-def _pack_tiles(b: Builder, operand: Operand, pointers: V, packed: V, transposed: bool) -> None:
+def _pack_tiles(b: Builder, operand: Operand, groups: V, pointers: V, packed: V, *, transposed: bool) -> None:
     if operand.over == "outer" and not transposed:
-        _copy_rows(b, operand, pointers, packed)
+        _copy_rows(b, operand, groups, pointers, packed)
         return
     stage = b.allocate("i8", TILE_BYTES) if transposed else packed
     staged = _lines(b, stage, ROW_BYTES)
@@ -94,7 +94,7 @@ def _pack_tiles(b: Builder, operand: Operand, pointers: V, packed: V, transposed
         for line, column in zip(target, transpose(b, sources, "i32"), strict=True):
             b.store(column, line, align=ROW_BYTES)
 
-    _each_tile(b, operand, pointers, tile)
+    _each_tile(b, operand, groups, pointers, tile)
 
 
 def _tile(b: Builder, operand: Operand, packed: V, group: Index, step: Index) -> V:
@@ -102,7 +102,7 @@ def _tile(b: Builder, operand: Operand, packed: V, group: Index, step: Index) ->
     return b.address(packed, b.multiply(place, TILE_BYTES), "i8")
 
 
-def _copy_rows(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
+def _copy_rows(b: Builder, operand: Operand, groups: V, pointers: V, packed: V) -> None:
     """Row by row, each along k: rows a power of two apart share a cache set."""
 
     def row(group: Index, line: Index) -> None:
@@ -116,11 +116,19 @@ def _copy_rows(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
             ),
         )
 
-    b.repeat(operand.groups, 1, lambda group: b.repeat(TILE, 1, lambda line: row(group, line)))
+    _first(b, groups, lambda group: b.repeat(TILE, 1, lambda line: row(group, line)))
+
+
+def _first(b: Builder, groups: V, body: Callable[[Index], None]) -> None:
+    def once(group: V, _: list[V]) -> tuple[()]:
+        body(group)
+        return ()
+
+    b.loop(0, groups, 1, once)
 
 
 def _each_tile(
-    b: Builder, operand: Operand, pointers: V, tile: Callable[[list[V], Index, Index], None]
+    b: Builder, operand: Operand, groups: V, pointers: V, tile: Callable[[list[V], Index, Index], None]
 ) -> None:
     """tile(rows that it reads, group, step of k); the operand's rows are walked along."""
 
@@ -130,10 +138,10 @@ def _each_tile(
 
     def of_step(step: Index) -> None:
         rows = row_pointers(b, pointers, b.multiply(step, operand.depth), operand.k, operand.depth)
-        b.repeat(operand.groups, 1, lambda group: tile(rows, group, step))
+        _first(b, groups, lambda group: tile(rows, group, step))
 
     if operand.over == "outer":
-        b.repeat(operand.groups, 1, of_group)
+        _first(b, groups, of_group)
     else:
         b.repeat(operand.k_tiles, 1, of_step)
 

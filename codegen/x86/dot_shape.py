@@ -82,6 +82,11 @@ class DotPlan(ABC):
     uses_tiles: bool = False
 
     @property
+    def skips_rows(self) -> bool:
+        """Whether it is worth knowing how many rows of the result have a reader."""
+        return False
+
+    @property
     @abstractmethod
     def a_bytes(self) -> int: ...
 

@@ -10,6 +10,7 @@ from moecc.codegen.x86.dot_shape import DotPlan, DotShape, Over, Rows
 from moecc.codegen.x86.errors import UnsupportedError
 from moecc.codegen.x86.evaluate import evaluate, evaluate_vector, stored, windows
 from moecc.codegen.x86.lanes import Ramp, Uniform, Window
+from moecc.codegen.x86.row_masks import count_rows, row_masks_of_readers
 from moecc.codegen.x86.steps import constant_of, splat_text, step
 from moecc.codegen.x86.tiles import Accumulating, Frame, Inline, Rule, Stored, Tile
 from moecc.codegen.x86.tree import Op, Value
@@ -131,9 +132,10 @@ def finished_product(frame: Frame, op: Op, plan: DotPlan, initial: Value) -> Sto
         return _as_rows(frame, begun, op.result)
     accumulator = _allocate(frame, plan.accumulator_bytes)
     rows = Stored(accumulator, op.result.type) if plan.plain else frame.new_tile(op.result.type)
-    a = _packed(frame, plan, op.operands[0], (), is_a=True)
+    used = _used_rows(frame, op, plan)
+    a = _packed(frame, plan, op.operands[0], (), is_a=True, used=used)
     b = _packed(frame, plan, op.operands[1], (), is_a=False)
-    plan.product(frame.b, a, b, accumulator, rows.buffer)
+    plan.product(frame.b, a, b, accumulator, rows.buffer, used)
     return rows
 
 
@@ -166,23 +168,45 @@ def _batched(frame: Frame, op: Op, plan: DotPlan) -> None:
 
 def multiply(frame: Frame, op: Op, plan: DotPlan, accumulator: V, batch: tuple[Index, ...] = ()) -> None:
     """accumulator += A @ B, over as many blocks of k as the plan was made for."""
-    a = _packed(frame, plan, op.operands[0], batch, is_a=True)
+    used = _used_rows(frame, op, plan)
+    a = _packed(frame, plan, op.operands[0], batch, is_a=True, used=used)
     b = _packed(frame, plan, op.operands[1], batch, is_a=False)
-    plan.multiply(frame.b, a, b, accumulator)
+    plan.multiply(frame.b, a, b, accumulator, used)
 
 
-def _packed(frame: Frame, plan: DotPlan, value: Value, batch: tuple[Index, ...], *, is_a: bool) -> V:
+def _used_rows(frame: Frame, op: Op, plan: DotPlan) -> V | None:
+    """How many rows of the result have a reader, if that is known before the dot; once for all dots that share it."""
+    if not plan.skips_rows:
+        return None
+    masks = row_masks_of_readers(op.result)
+    key = "rows", masks
+    if key not in frame.packed:
+        frame.packed[key] = count_rows(frame, masks)
+    return frame.packed[key]
+
+
+def _packed(
+    frame: Frame,
+    plan: DotPlan,
+    value: Value,
+    batch: tuple[Index, ...],
+    *,
+    is_a: bool,
+    used: V | None = None,
+) -> V:
     """The operand as the plan reads it; once for all dots of this block that share it."""
-    key = value, plan, is_a, batch
+    key = value, plan, is_a, batch, used
     if key not in frame.packed:
         rank = len(value.type.dims)
         outer, inner = (rank - 2, rank - 1) if is_a else (rank - 1, rank - 2)
         rows = _rows(frame, value, plan.a_over if is_a else plan.b_over, batch, outer=outer, inner=inner)
         rows = replace(rows, length=plan.shape.k) if plan.shape.k > value.type.dims[inner] else rows
         packed = _allocate(frame, plan.a_bytes if is_a else plan.b_bytes)
-        (plan.pack_a if is_a else plan.pack_b)(frame.b, rows, packed)
+        (plan.pack_a if is_a else plan.pack_b)(frame.b, replace(rows, used=used), packed)
         frame.packed[key] = packed
-    return frame.packed[key]
+    found = frame.packed[key]
+    assert found is not None
+    return found
 
 
 def _rows(

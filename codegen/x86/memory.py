@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from moecc.codegen.x86.builder import V, constant, like, vector
+from moecc.codegen.x86.builder import Index, V, constant, like, vector
 from moecc.codegen.x86.evaluate import evaluate, evaluate_vector, fastest_dim, pointee_lane, windows
 from moecc.codegen.x86.lanes import Lanes, LaneValue, Ramp, Uniform, Window, all_hold, as_vector
+from moecc.codegen.x86.row_masks import RowMasks, holds_for_row, row_masks_of_store
 from moecc.codegen.x86.tiles import Frame, InlineRule, Rule
 from moecc.codegen.x86.tree import Op, Value
 from moecc.codegen.x86.types import BYTES
+
+ROW_WORTH_A_BRANCH = 64
+"""Elements of a row from which on it is skipped where nothing of it is stored."""
 
 _BITS = {"half": "i16"}
 """Halves are moved as integers: LLVM has no masked or selected lanes of them and would convert each."""
@@ -122,12 +126,31 @@ def _store(frame: Frame, op: Op) -> None:
         with frame.scope():
             _store_window(frame, pointers, values, masks, Window((), ()))
         return
-    windows(
-        frame,
-        pointers.type.dims,
-        lambda window: _store_window(frame, pointers, values, masks, window),
-        along=fastest_dim(pointers),
-    )
+    along, row_masks = fastest_dim(pointers), row_masks_of_store(op)
+    dims = pointers.type.dims
+    if row_masks and along is None and dims[1] >= ROW_WORTH_A_BRANCH:
+        _store_rows(
+            frame, row_masks, dims, lambda window: _store_window(frame, pointers, values, masks, window)
+        )
+        return
+    windows(frame, dims, lambda window: _store_window(frame, pointers, values, masks, window), along=along)
+
+
+def _store_rows(
+    frame: Frame, row_masks: RowMasks, dims: Sequence[int], body: Callable[[Window], None]
+) -> None:
+    """body at the windows of the rows that are not masked off as a whole."""
+
+    def of_row(row: Index) -> None:
+        with frame.scope():
+            holds = holds_for_row(frame, row_masks, row)
+
+        def inside() -> None:
+            windows(frame, (1, dims[1]), lambda window: body(window.replace(0, row, 1)))
+
+        frame.b.choose(holds, inside)
+
+    frame.b.repeat(dims[0], 1, of_row)
 
 
 def _store_window(frame: Frame, pointers: Value, values: Value, masks: list[Value], window: Window) -> None:

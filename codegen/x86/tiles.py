@@ -90,7 +90,7 @@ class Frame:
     scalars: dict[Value, V] = field(default_factory=dict)
     tiles: dict[Value, Tile] = field(default_factory=dict)
     memo: dict[tuple[Value, Window], LaneValue] = field(default_factory=dict)
-    packed: dict[object, V] = field(default_factory=dict)
+    packed: dict[object, V | None] = field(default_factory=dict)
     results: list[V] = field(default_factory=list)
 
     @contextmanager
