@@ -85,8 +85,7 @@ class HttpServer:
             url + self._query, data=data, method=method, headers=self._headers | headers
         )
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
-                return Blob(data=answer.read(limit), version=answer.headers.get("ETag") or "")
+            return self._answer(request, limit)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in refusals:
@@ -95,6 +94,19 @@ class HttpServer:
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise StoreError(f"{method} failed: {reason or type(error).__name__}", where=url) from None
+
+    def _answer(self, request: urllib.request.Request, limit: int) -> Blob:
+        """Asks once more where a busy server drops the connection; no request does harm twice."""
+        try:
+            return self._answer_once(request, limit)
+        except (ConnectionError, urllib.error.URLError) as error:
+            if not isinstance(getattr(error, "reason", error), ConnectionError):
+                raise
+        return self._answer_once(request, limit)
+
+    def _answer_once(self, request: urllib.request.Request, limit: int) -> Blob:
+        with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
+            return Blob(data=answer.read(limit), version=answer.headers.get("ETag") or "")
 
 
 def open_store(uri: str, timeout_s: float) -> HttpServer:

@@ -67,7 +67,7 @@ def show_command(
     matches = [item.record for item in scan(folder) if item.record and item.record.key.hash.startswith(entry)]
     if len(matches) != 1:
         problem = f"{len(matches)} entries begin so" if matches else "there is no such entry"
-        raise InputError(problem, where=entry, hint="moecc cache ls prints them")
+        raise InputError(problem, where=f"entry {entry!r}", hint="moecc cache ls prints them")
     environment = environments(folder).get(matches[0].environment)
     if as_json:
         facts = None if environment is None or isinstance(environment, str) else asdict(environment)
@@ -141,6 +141,18 @@ def pull_command(uri: RemoteArgument = "", cache: FolderOption = None, as_json: 
     remote = _remote(settings)
     copied = copy_all(remote.store, _local(cache), trusted_source=settings.trusted or None)
     _print_copied(copied, f"pulled from {remote.name}", as_json)
+
+
+@app.command("keygen")
+def keygen_command(
+    path: Annotated[Path, typer.Argument(help="The private key to write.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key that signs; prints the public key, which others trust."""
+    from moecc.autotune.signing import generate_key
+
+    public = generate_key(path)
+    typer.echo(json.dumps({"public": public}) if as_json else public)
 
 
 @app.command("gc")

@@ -11,6 +11,8 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from servers import http_server, redis_server, s3_bucket
 
+from moecc.autotune.remotes import open_remote
+
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,15 +22,34 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def redis_uri() -> Iterator[str]:
+def _redis() -> Iterator[str]:
     with redis_server() as uri:
         yield uri
 
 
 @pytest.fixture(scope="session")
-def s3_uri() -> Iterator[str]:
+def _s3() -> Iterator[str]:
     with s3_bucket() as uri:
         yield uri
+
+
+@pytest.fixture
+def redis_uri(_redis: str) -> str:
+    """An empty one."""
+    return _emptied(_redis)
+
+
+@pytest.fixture
+def s3_uri(_s3: str) -> str:
+    """An empty one."""
+    return _emptied(_s3)
+
+
+def _emptied(uri: str) -> str:
+    store = open_remote(uri).store
+    for name in store.names(""):
+        store.remove(name)
+    return uri
 
 
 @pytest.fixture

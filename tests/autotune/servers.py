@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import socket
@@ -47,6 +48,7 @@ def s3_bucket() -> Iterator[str]:
     """An S3 server in this process, and a bucket; the variables of AWS point to it meanwhile."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -74,7 +76,8 @@ def http_server(folder: Path, *, read_only: bool = False, delay_s: float = 0.0) 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             time.sleep(delay_s)
-            data = _bytes(folder / self.path.lstrip("/"))
+            with lock:
+                data = _bytes(folder / self.path.lstrip("/"))
             self._answer(404 if data is None else 200, data or b"", None if data is None else _etag(data))
 
         def do_PUT(self) -> None:
@@ -103,7 +106,7 @@ def http_server(folder: Path, *, read_only: bool = False, delay_s: float = 0.0) 
         def log_message(self, *_: object) -> None:
             """Nothing on stderr."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
@@ -111,6 +114,10 @@ def http_server(folder: Path, *, read_only: bool = False, delay_s: float = 0.0) 
     finally:
         server.shutdown()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +21,10 @@ NAME = entry_name(ENVIRONMENT.hash, key(16).hash)
 
 
 @pytest.fixture(params=["file", "http", "redis", "s3"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "file":
-        yield f"file://{tmp_path}/shared"
-        return
-    uri: str = request.getfixturevalue(f"{request.param}_uri")
-    yield uri
-    if request.param != "http":
-        store = open_remote(uri).store
-        for name in store.names(""):
-            store.remove(name)
+        return f"file://{tmp_path}/shared"
+    return str(request.getfixturevalue(f"{request.param}_uri"))
 
 
 def writable(uri: str) -> str:
