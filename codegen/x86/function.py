@@ -13,7 +13,7 @@ from moecc.codegen.x86.lanes import Window
 from moecc.codegen.x86.steps import integer, splat_text
 from moecc.codegen.x86.tiles import Frame, Inline, Rule, Stored
 from moecc.codegen.x86.tree import Block, Op
-from moecc.codegen.x86.types import Type, memory_type
+from moecc.codegen.x86.types import BYTES, Type, memory_type
 
 
 def lower_block(frame: Frame, block: Block) -> None:
@@ -57,15 +57,23 @@ def _constant(frame: Frame, op: Op) -> None:
         if type_.is_tensor:
             frame.tiles[op.result] = Inline(op)
         return
-    items = str(op.attributes["value"]).removeprefix("dense<").rpartition("> :")[0]
-    numbers = [
-        parse_constant(item.strip(), type_) for item in items.replace("[", "").replace("]", "").split(",")
-    ]
+    lane, items = _dense_items(str(op.attributes["value"]), type_)
     name = f"@constant.{len(frame.b.module.globals)}"
-    lane = memory_type(type_.llvm)
-    body = ", ".join(f"{lane} {number}" for number in numbers)
-    frame.b.module.globals[name] = f"{name} = private constant [{len(numbers)} x {lane}] [{body}], align 64"
+    body = ", ".join(f"{lane} {item}" for item in items)
+    frame.b.module.globals[name] = f"{name} = private constant [{len(items)} x {lane}] [{body}], align 64"
     frame.tiles[op.result] = Stored(V(name, "ptr"), type_)
+
+
+def _dense_items(text: str, type_: Type) -> tuple[str, list[str]]:
+    """LLVM's type and the numbers of a constant of several, which MLIR lists or, where they are many, writes as bytes."""
+    items = text.removeprefix("dense<").rpartition("> :")[0]
+    lane = memory_type(type_.llvm)
+    if not items.startswith('"0x'):
+        listed = items.replace("[", "").replace("]", "").split(",")
+        return lane, [str(parse_constant(item.strip(), type_)) for item in listed]
+    data, size = bytes.fromhex(items.strip('"')[2:]), BYTES[type_.llvm]
+    numbers = [int.from_bytes(data[at : at + size], "little") for at in range(0, len(data), size)]
+    return f"i{8 * size}", [str(number) for number in numbers]
 
 
 def parse_constant(text: str, type_: Type) -> V:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from moecc.codegen.x86.lower import COSTLY, INLINE
+import struct
+
+import pytest
+
+from moecc.codegen.x86.features import LEVELS
+from moecc.codegen.x86.lower import COSTLY, INLINE, lower_kernel
 from moecc.codegen.x86.plan import make_plan
 from moecc.codegen.x86.steps import range_of, shift_of, step
 from moecc.codegen.x86.tree import Op, parse_module
@@ -16,9 +21,9 @@ POINTERS = """
 """
 
 
-def function(body: str) -> Op:
+def kernel_text(body: str) -> str:
     """A kernel of two pointers to floats and an integer."""
-    text = f"""
+    return f"""
 "builtin.module"() ({{
   "tt.func"() <{{sym_name = "k", sym_visibility = "public"}}> ({{
   ^bb0(%x: !tt.ptr<f32>, %y: !tt.ptr<f32>, %n: i32):
@@ -27,7 +32,10 @@ def function(body: str) -> Op:
   }}) : () -> ()
 }}) : () -> ()
 """
-    (kernel,) = parse_module(text).body().ops
+
+
+def function(body: str) -> Op:
+    (kernel,) = parse_module(kernel_text(body)).body().ops
     return kernel
 
 
@@ -108,3 +116,31 @@ def test_ranges_and_steps_of_integers() -> None:
     assert (range_of(values["%m"]), step(values["%m"], 0)) == ((0, 441), 7)
     assert (range_of(values["%r"]), step(values["%r"], 0)) == ((0, 6), None)
     assert (range_of(values["%o"]), step(values["%o"], 0)) == ((-(1 << 31), (1 << 31) - 1), 1)
+
+
+@pytest.mark.parametrize(
+    "items", ["[1.0, 2.5, -0.0, 1.0e3]", '"0x0000803F00002040000000800000 7A44"'.replace(" ", "")]
+)
+def test_a_constant_of_several_numbers_listed_or_as_bytes(items: str) -> None:
+    body = f"""
+    %v = "arith.constant"() <{{value = dense<{items}> : tensor<4xf32>}}> : () -> tensor<4xf32>
+    %j = "tt.make_range"() <{{end = 4 : i32, start = 0 : i32}}> : () -> tensor<4xi32>
+    %r = "tt.splat"(%x) : (!tt.ptr<f32>) -> tensor<4x!tt.ptr<f32>>
+    %s = "tt.addptr"(%r, %j) : (tensor<4x!tt.ptr<f32>>, tensor<4xi32>) -> tensor<4x!tt.ptr<f32>>
+    "tt.store"(%s, %v) : (tensor<4x!tt.ptr<f32>>, tensor<4xf32>) -> ()
+"""
+    (line,) = (
+        line
+        for line in lower_kernel(kernel_text(body), LEVELS["avx2"]).llvm_ir.splitlines()
+        if line.startswith("@constant")
+    )
+    numbers = line.partition("] [")[2].partition("]")[0].split(", ")
+    assert [_single(number) for number in numbers] == ["1.0", "2.5", "-0.0", "1000.0"]
+
+
+def _single(text: str) -> str:
+    """The float that LLVM's `float 0x…` (as a double) or `i32 …` (as bits) means."""
+    kind, number = text.split(" ")
+    form = ("<Q", "<d") if kind == "float" else ("<I", "<f")
+    (value,) = struct.unpack(form[1], struct.pack(form[0], int(number, 0)))
+    return str(value)
