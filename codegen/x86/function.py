@@ -65,7 +65,7 @@ def _constant(frame: Frame, op: Op) -> None:
 
 
 def _dense_items(text: str, type_: Type) -> tuple[str, list[str]]:
-    """LLVM's type and the numbers of a constant of several, which MLIR lists or, where they are many, writes as bytes."""
+    """LLVM's type and the numbers of a constant of several; where they are many MLIR writes their bytes."""
     items = text.removeprefix("dense<").rpartition("> :")[0]
     lane = memory_type(type_.llvm)
     if not items.startswith('"0x'):
