@@ -79,13 +79,14 @@ def _cpu() -> str:
 
 def _cuda(device: object) -> tuple[str, tuple[str, ...], str, str]:
     """Arch, features, driver, assembler. A slice of a GPU has fewer SMs, so `cores` tells it from the whole."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _read(Path("/proc/driver/nvidia/version")))
     if found is None:
         raise _unknown("the version of the driver")
     major, minor = getattr(device, "major"), getattr(device, "minor")  # noqa: B009
-    return f"sm_{major}{minor}", (), f"nvidia {found[1]}", f"ptxas {knobs.nvidia.ptxas.version}"
+    ptxas = get_ptxas(10 * major + minor)
+    return f"sm_{major}{minor}", (), f"nvidia {found[1]}", f"ptxas {ptxas.version}"
 
 
 def _hip(device: object) -> tuple[str, tuple[str, ...], str, str]:

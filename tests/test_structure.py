@@ -132,6 +132,7 @@ HEAVY = ("torch", "triton", "ortools", "transformers", "pandas", "numpy", "yaml"
         ("moecc.codegen", ()),
         ("moecc.codegen.layers", ()),
         ("moecc.autotune.defaults", ()),
+        ("moecc.autotune.cache", ()),
         ("moecc.passes.pipeline", ("numpy", "yaml")),
         ("moecc.frontend.model_yaml", ("yaml", "pydantic", "numpy")),
     ],
