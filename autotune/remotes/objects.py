@@ -95,5 +95,6 @@ def open_store(uri: str, timeout_s: float) -> Objects:
     import_module(PACKAGES[scheme])
     if scheme == "gs":
         return Objects(uri, {"timeout": timeout_s})
-    limits = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"max_attempts": 0}}
+    once_more = {"max_attempts": 1}  # S3 answers 500 and 503 now and then, and asks to be asked again
+    limits = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": once_more}
     return Objects(uri, {"config_kwargs": limits, "use_listings_cache": False})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -18,6 +20,8 @@ from pathlib import Path
 import pytest
 
 STARTS_WITHIN_S = 30.0
+_SET_PARENT_DEATH_SIGNAL = 1
+"""Of prctl, on Linux."""
 
 
 def free_port() -> int:
@@ -35,7 +39,7 @@ def redis_server() -> Iterator[str]:
         pytest.skip("redis-server is not installed: apt-get install redis-server")
     port = free_port()
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=_end_with_parent) as server:
         try:
             _wait_for(port)
             yield f"redis://127.0.0.1:{port}/0"
@@ -126,6 +130,11 @@ def _bytes(path: Path) -> bytes | None:
 
 def _etag(data: bytes) -> str:
     return f'"{hashlib.md5(data).hexdigest()}"'
+
+
+def _end_with_parent() -> None:
+    """The server does not outlive a test run that is killed."""
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _wait_for(port: int) -> None:
