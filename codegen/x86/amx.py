@@ -154,8 +154,8 @@ class TilePlan(DotPlan):
             return
 
         def emit(c: Builder, product: Product, p: V, q: V, q_groups: V, t: V, rows: V) -> None:
-            def finish(p_group: Index, tiles: V) -> None:
-                _strip_to_rows(c, self, p_group, q_groups, tiles, rows)
+            def finish(p_group: Index, rows_of: Callable[[Index], list[V]]) -> None:
+                _group_to_rows(c, self, p_group, q_groups, rows_of, rows)
 
             emit_product(c, product, p, q, q_groups, t, finish)
 
@@ -225,25 +225,27 @@ def _block(b: Builder, plan: TilePlan, groups: tuple[Index, Index], rows: V) -> 
     return b.address(rows, place, element), min(TILE, plan.shape.m), min(TILE, n)
 
 
-def _strip_to_rows(b: Builder, plan: TilePlan, p_group: Index, q_groups: V, tiles: V, rows: V) -> None:
-    """The tiles of a group of P, which lie side by side, into their places among the rows."""
+def _group_to_rows(
+    b: Builder, plan: TilePlan, p_group: Index, q_groups: V, rows_of: Callable[[Index], list[V]], rows: V
+) -> None:
+    """A group of P's products with groups of Q, each of which has its 16 rows somewhere, to their places."""
 
     def place(q_group: V, _: list[V]) -> tuple[()]:
-        tile = b.address(tiles, b.multiply(q_group, ROW_BYTES), "i8")
-        _lines_to_rows(b, plan, (p_group, q_group), tile, rows)
+        _lines_to_rows(b, plan, (p_group, q_group), rows_of(q_group), rows)
         return ()
 
     b.loop(0, q_groups, 1, place)
 
 
 def _tile_to_rows(b: Builder, plan: TilePlan, groups: tuple[Index, Index], t: V, rows: V, stage: V) -> None:
-    _lines_to_rows(b, plan, groups, _t_tile(b, plan, *groups, t), rows)
+    tile, lane = _t_tile(b, plan, *groups, t), plan.shape.lane
+    lines = [b.address(tile, r * plan.q.groups * TILE, lane) for r in range(TILE)]
+    _lines_to_rows(b, plan, groups, lines, rows)
 
 
-def _lines_to_rows(b: Builder, plan: TilePlan, groups: tuple[Index, Index], tile: V, rows: V) -> None:
-    """A tile that lies within T, wherever that is, into its place among the rows."""
+def _lines_to_rows(b: Builder, plan: TilePlan, groups: tuple[Index, Index], places: list[V], rows: V) -> None:
+    """A tile, given where its lines are, into its place among the rows."""
     lane, element = plan.shape.lane, LLVM_TYPES[plan.shape.accumulator]
-    places = [b.address(tile, r * plan.q.groups * TILE, lane) for r in range(TILE)]
     block, height, width = _block(b, plan, groups, rows)
     lines = transpose(b, places, lane) if plan.b_first else _whole_lines(b, places, lane)
     for r, line in enumerate(lines[:height]):

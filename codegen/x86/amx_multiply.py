@@ -3,26 +3,32 @@
 P in tiles of its own (`copies`) is multiplied in blocks of 2 x 2 tiles. P that streams from memory is read once: a
 tile of it by up to 6 of Q, whose sums fill the registers, so that the cache has to deliver little besides the stream.
 
-A tile of a streamed P takes rows that lie `groups` rows apart: its 16 streams run on in the next tile where they ended
-in this one, and the hardware, which prefetches within a page of 4 KiB, finds few streams in each. It still has to
-begin anew at every page; the first lines of the rows to come are therefore fetched ahead.
+A tile of a streamed P takes rows that lie some rows apart: its 16 streams run on in the next tile where they ended in
+this one, and the hardware, which prefetches within a page of 4 KiB, finds few streams in each. It still has to begin
+anew at every page; the first lines of the rows to come are therefore fetched ahead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from moecc.codegen.x86.amx_pack import GROUP_BYTES, ROW_BYTES, TILE, TILE_BYTES, Operand
+from moecc.codegen.x86.amx_pack import (
+    ROW_BYTES,
+    TILE,
+    TILE_BYTES,
+    Group,
+    Operand,
+    begin_row,
+    group_of_table,
+)
 from moecc.codegen.x86.builder import Builder, Index, V, constant
 
 WIDEST = 6
 """Sums of one tile of P that fit in the registers beside it and one of Q."""
 WIDE = 4
 """Sums at a time where there are more than the widest: the rest is never a lone one."""
-HEAD_LINES = 4
-"""Of each row to come: as many as start the hardware's prefetcher. More were no faster, all were slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +49,8 @@ class Product:
         return self.q.groups * ROW_BYTES
 
 
-Finish = Callable[[Index, V], None]
-"""What becomes of a group of P whose tiles, side by side, lie at an address."""
+Finish = Callable[[Index, Callable[[Index], list[V]]], None]
+"""What becomes of a group of P, given where the 16 rows of its product with a group of Q lie."""
 
 
 def emit_product(
@@ -99,11 +105,18 @@ def _multiply_tiles(
             return ()
 
         b.loop(0, q_groups, q_block, block)
-        if finish:
-            for i in range(p_block):
-                finish(b.add(p_first, i), b.address(t, i * strip_bytes, "i8"))
+        for i in range(p_block if finish else 0):
+            assert finish is not None
+            finish(
+                b.add(p_first, i), partial(_rows_of_strip, b, product, b.address(t, i * strip_bytes, "i8"))
+            )
 
     b.repeat(product.p.groups, p_block, of_rows)
+
+
+def _rows_of_strip(b: Builder, product: Product, strip: V, q_group: Index) -> list[V]:
+    tile = b.address(strip, b.multiply(q_group, ROW_BYTES), "i8")
+    return [b.address(tile, row * product.t_row_bytes, "i8") for row in range(TILE)]
 
 
 def _multiply_block(
@@ -143,49 +156,69 @@ class _Stream:
 def _multiply_stream(
     b: Builder, product: Product, p: V, q: V, q_groups: V, t: V, finish: Finish | None
 ) -> None:
-    last = product.p.groups - 1
+    """What T has of groups that alternate is finished while it is in the cache."""
+    apart = product.p.apart
 
-    def of_group(group: Index) -> None:
-        following = b.add(group, 1)
-        if isinstance(following, V):
-            following = b.intrinsic("llvm.smin", "i64", following, _bytes(last))
-        ahead = _stream(b, p, following) if last else None
-        tiles = b.address(t, b.multiply(group, product.t_row_bytes), "i8")
-        _all_sums(b, product, _stream(b, p, group), ahead, q, q_groups, tiles, from_zero=bool(finish))
+    def of_group(group: Index, sums: _Sums) -> None:
+        rows, ahead = group_of_table(b, p, group), group_of_table(b, p, b.add(group, 1))
+        _all_sums(b, product, rows, ahead, q, q_groups, sums)
 
-    b.repeat(product.p.groups, 1, of_group)
-    if finish:
-        strip_bytes = TILE * product.t_row_bytes
-        b.repeat(product.p.groups, 1, lambda i: finish(i, b.address(t, b.multiply(i, strip_bytes), "i8")))
+    def in_place(group: Index) -> None:
+        chunk = b.multiply(b.divide(group, apart), apart * TILE * product.t_row_bytes)
+        row = b.multiply(b.remainder(group, apart), product.t_row_bytes)
+        start = b.address(t, b.add(chunk, row), "i8")
+        of_group(group, _Sums(start, apart * product.t_row_bytes, ROW_BYTES, from_zero=False))
+
+    def chunk(first: Index) -> None:
+        def from_zero(i: Index) -> None:
+            start = b.address(t, b.multiply(i, product.q.groups * TILE_BYTES), "i8")
+            of_group(b.add(first, i), _Sums(start, ROW_BYTES, TILE_BYTES, from_zero=True))
+
+        assert finish is not None
+        b.repeat(apart, 1, from_zero)
+        b.repeat(apart, 1, lambda i: finish(b.add(first, i), partial(_alternating_rows, b, product, t, i)))
+
+    if finish is None:
+        b.repeat(product.p.groups, 1, in_place)
+    else:
+        b.repeat(product.p.groups, apart, chunk)
 
 
-def _stream(b: Builder, p: V, group: Index) -> _Stream:
-    entry = b.address(p, b.multiply(group, GROUP_BYTES), "i8")
-    return _Stream(b.load("ptr", entry), b.load("i64", b.address(entry, 8, "i8")))
+def _alternating_rows(b: Builder, product: Product, t: V, group: Index, q_group: Index) -> list[V]:
+    """16 neighbouring rows of the chunk that T holds; tile by tile, each with every so many of the rows."""
+    apart = product.p.apart
+    first = b.add(b.multiply(group, TILE // apart * ROW_BYTES), b.multiply(q_group, TILE_BYTES))
+    start = b.address(t, first, "i8")
+    return [
+        b.address(start, row % apart * product.q.groups * TILE_BYTES + row // apart * ROW_BYTES, "i8")
+        for row in range(TILE)
+    ]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Where tiles of T lie: the first one, the bytes from row to row and from tile to tile."""
+
+    start: V
+    row_bytes: int
+    tile_bytes: int
+    from_zero: bool
 
 
 def _all_sums(
-    b: Builder,
-    product: Product,
-    stream: _Stream,
-    ahead: _Stream | None,
-    q: V,
-    q_groups: V,
-    t: V,
-    *,
-    from_zero: bool,
+    b: Builder, product: Product, rows: Group, ahead: Group, q: V, q_groups: V, sums: _Sums
 ) -> None:
     """The sums of one tile's rows of P, as many at a time as the registers hold."""
     most = product.q.groups
 
     def some(first: Index) -> None:
         columns = b.address(q, b.multiply(first, product.q.k_tiles * TILE_BYTES), "i8")
-        tiles = b.address(t, b.multiply(first, ROW_BYTES), "i8")
+        tiles = replace(sums, start=b.address(sums.start, b.multiply(first, sums.tile_bytes), "i8"))
         count = _count_of_pass(b, q_groups, first) if most > WIDEST else q_groups
         for size in range(1, min(WIDEST, most) + 1):
             b.choose(
                 b.compare("icmp eq", count, _bytes(size)),
-                partial(_sums, b, product, stream, ahead, columns, tiles, size, from_zero=from_zero),
+                partial(_multiply_row, b, product, rows, ahead, columns, tiles, size),
             )
 
     b.repeat(most, WIDE if most > WIDEST else most, some)
@@ -201,24 +234,16 @@ def _count_of_pass(b: Builder, q_groups: V, first: Index) -> V:
     return b.select(is_left, b.select(fits, left, _bytes(WIDE)), _bytes(0))
 
 
-def _sums(
-    b: Builder,
-    product: Product,
-    stream: _Stream,
-    ahead: _Stream | None,
-    q: V,
-    t: V,
-    count: int,
-    *,
-    from_zero: bool,
+def _multiply_row(
+    b: Builder, product: Product, rows: Group, ahead: Group, q: V, sums: _Sums, count: int
 ) -> None:
-    row, line = _bytes(product.p.groups * product.t_row_bytes), _bytes(ROW_BYTES)
-    places = [b.address(t, j * ROW_BYTES, "i8") for j in range(count)]
+    row, line = _bytes(sums.row_bytes), _bytes(ROW_BYTES)
+    places = [b.address(sums.start, j * sums.tile_bytes, "i8") for j in range(count)]
     columns = [b.address(q, j * product.q.k_tiles * TILE_BYTES, "i8") for j in range(count)]
-    _begin_sums(b, places, row, from_zero=from_zero)
+    _begin_sums(b, places, row, from_zero=sums.from_zero)
 
     def step(k: Index) -> None:
-        _tile_load(b, 6, b.address(stream.start, b.multiply(k, ROW_BYTES), "i8"), stream.stride)
+        _tile_load(b, 6, b.address(rows.start, b.multiply(k, ROW_BYTES), "i8"), rows.stride)
         for register, column in enumerate(columns):
             _tile_load(b, 7, b.address(column, b.multiply(k, TILE_BYTES), "i8"), line)
             _tile_multiply(b, product, register, 6, 7)
@@ -228,11 +253,8 @@ def _sums(
         _tile_store(b, register, place, row)
 
 
-def _steps(b: Builder, k_tiles: int, step: Callable[[Index], None], ahead: _Stream | None) -> None:
+def _steps(b: Builder, k_tiles: int, step: Callable[[Index], None], ahead: Group) -> None:
     """All steps of k; during the last ones the rows to come are begun, a row or a few in each."""
-    if ahead is None:
-        b.repeat(k_tiles, 1, step)
-        return
     rows_per_step = -(-TILE // k_tiles)
     heads = TILE // rows_per_step
     first = k_tiles - heads
@@ -240,15 +262,8 @@ def _steps(b: Builder, k_tiles: int, step: Callable[[Index], None], ahead: _Stre
     def begin(k: Index) -> None:
         step(b.add(k, first))
         for i in range(rows_per_step):
-            row = b.add(b.multiply(k, rows_per_step), i)
-            _prefetch(b, b.address(ahead.start, b.multiply(row, ahead.stride), "i8"))
+            begin_row(b, ahead, b.add(b.multiply(k, rows_per_step), i))
 
     if first:
         b.repeat(first, 1, step)
     b.repeat(heads, 1, begin)
-
-
-def _prefetch(b: Builder, row: V) -> None:
-    read, into_l2, data = constant(0, "i32"), constant(2, "i32"), constant(1, "i32")
-    for line in range(HEAD_LINES):
-        b.intrinsic("llvm.prefetch", "void", b.address(row, line * ROW_BYTES, "i8"), read, into_l2, data)

@@ -17,6 +17,10 @@ TILE = 16
 """Rows of a tile, and its columns of 4 bytes."""
 ROW_BYTES = 64
 TILE_BYTES = TILE * ROW_BYTES
+ALTERNATING_GROUPS = 8
+"""A power of two up to 16; the results of so many groups should stay in the second cache, at best in the first."""
+HEAD_LINES = 4
+"""Of a row to come: 2 to 8 start the hardware's prefetcher as well; to fetch whole rows was slower than none."""
 GROUP_BYTES = 16
 """A group of 16 rows in the table of `tabulate`: the first row's address, the distance of rows in bytes."""
 
@@ -47,6 +51,11 @@ class Operand:
     @property
     def groups(self) -> int:
         return -(-self.count // TILE)
+
+    @property
+    def apart(self) -> int:
+        """Groups whose rows alternate where the operand streams from memory: those of a group lie so far apart."""
+        return min(self.groups, ALTERNATING_GROUPS)
 
     @property
     def k_tiles(self) -> int:
@@ -200,7 +209,8 @@ def _pad(b: Builder, line: V, lanes: int) -> V:
 def tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
     """For each group of 16 whole rows its first address and the distance of rows; uneven groups are copied first.
 
-    The rows of a group lie `groups` apart: one of every 16th of the operand. The copies lie behind the table.
+    The rows of a group lie `apart` apart. One more group stands for the rows that lie behind the last one: they are
+    not read, but often are the next operand's. The copies lie behind the table.
     """
     parameters = [V("%pointers", "ptr"), V("%packed", "ptr")]
     name = f"amx.tabulate.{operand.name}"
@@ -209,7 +219,7 @@ def tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
 
 
 def table_bytes(operand: Operand) -> int:
-    return -(-operand.groups * GROUP_BYTES // ROW_BYTES) * ROW_BYTES
+    return -(-(operand.groups + 1) * GROUP_BYTES // ROW_BYTES) * ROW_BYTES
 
 
 def _tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
@@ -241,12 +251,44 @@ def _tabulate(b: Builder, operand: Operand, pointers: V, packed: V) -> None:
         b.store(distance, b.address(entry, 8, "i8"))
 
     b.repeat(operand.groups, 1, of_group)
+    _foresee(b, operand, packed)
+
+
+def _foresee(b: Builder, operand: Operand, table: V) -> None:
+    """Begins the first group, and enters what may come after the last."""
+    first, last = group_of_table(b, table, 0), group_of_table(b, table, operand.groups - 1)
+    b.repeat(TILE, 1, lambda row: begin_row(b, first, row))
+    behind = b.add(b.multiply(last.stride, TILE - 1), b.divide(last.stride, operand.apart))
+    entry = b.address(table, operand.groups * GROUP_BYTES, "i8")
+    b.store(b.address(last.start, behind, "i8"), entry)
+    b.store(last.stride, b.address(entry, 8, "i8"))
+
+
+@dataclass(frozen=True)
+class Group:
+    """16 rows of an operand: where the first begins and how far they are apart, in bytes."""
+
+    start: V
+    stride: V
+
+
+def group_of_table(b: Builder, table: V, number: Index) -> Group:
+    entry = b.address(table, b.multiply(number, GROUP_BYTES), "i8")
+    return Group(b.load("ptr", entry), b.load("i64", b.address(entry, 8, "i8")))
+
+
+def begin_row(b: Builder, group: Group, number: Index) -> None:
+    """Asks memory for the first lines of a row: the hardware, which prefetches from there on, has to see some."""
+    row = b.address(group.start, b.multiply(group.stride, number), "i8")
+    read, into_l2, data = constant(0, "i32"), constant(2, "i32"), constant(1, "i32")
+    for line in range(HEAD_LINES):
+        b.intrinsic("llvm.prefetch", "void", b.address(row, line * ROW_BYTES, "i8"), read, into_l2, data)
 
 
 def _rows_apart(b: Builder, operand: Operand, pointers: V, group: Index) -> list[V]:
-    return [
-        b.load("ptr", b.address(pointers, b.add(group, row * operand.groups), "ptr")) for row in range(TILE)
-    ]
+    apart = operand.apart
+    first = b.add(b.multiply(b.divide(group, apart), TILE * apart), b.remainder(group, apart))
+    return [b.load("ptr", b.address(pointers, b.add(first, row * apart), "ptr")) for row in range(TILE)]
 
 
 def _together(b: Builder, addresses: list[V]) -> V:

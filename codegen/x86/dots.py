@@ -133,8 +133,8 @@ def finished_product(frame: Frame, op: Op, plan: DotPlan, initial: Value) -> Sto
     accumulator = _allocate(frame, plan.accumulator_bytes)
     rows = Stored(accumulator, op.result.type) if plan.plain else frame.new_tile(op.result.type)
     used = _used_rows(frame, op, plan)
-    a = _packed(frame, plan, op.operands[0], (), is_a=True, used=used)
     b = _packed(frame, plan, op.operands[1], (), is_a=False)
+    a = _packed(frame, plan, op.operands[0], (), is_a=True, used=used)
     plan.product(frame.b, a, b, accumulator, rows.buffer, used)
     return rows
 
@@ -169,8 +169,8 @@ def _batched(frame: Frame, op: Op, plan: DotPlan) -> None:
 def multiply(frame: Frame, op: Op, plan: DotPlan, accumulator: V, batch: tuple[Index, ...] = ()) -> None:
     """accumulator += A @ B, over as many blocks of k as the plan was made for."""
     used = _used_rows(frame, op, plan)
-    a = _packed(frame, plan, op.operands[0], batch, is_a=True, used=used)
     b = _packed(frame, plan, op.operands[1], batch, is_a=False)
+    a = _packed(frame, plan, op.operands[0], batch, is_a=True, used=used)
     plan.multiply(frame.b, a, b, accumulator, used)
 
 
