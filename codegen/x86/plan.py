@@ -102,9 +102,14 @@ class _Planner:
             return True
         if op.name not in self.costly:
             return False
-        if sites and all(site.name == "tt.dot" and site.block is op.block for site in sites):
+        if self._only_for_dots(value, op):
             return False
         return len(sites) > 1 or any(self._in_loop(site, op) for site in sites) or value in self.replicated
+
+    def _only_for_dots(self, value: Value, op: Op) -> bool:
+        """Dots of one block read it once, together."""
+        sites = self.sites[value]
+        return bool(sites) and all(site.name == "tt.dot" and site.block is op.block for site in sites)
 
     def _load_moves(self, load: Op, sites: set[Op]) -> bool:
         """Evaluating the load at its sites could see a later write."""
@@ -166,6 +171,8 @@ class _Planner:
             self.weights[value] = self.depths[value] = 0
 
     def _often(self, value: Value, op: Op) -> bool:
+        if op.name == "tt.load" and self._only_for_dots(value, op):
+            return False
         sites = self.sites[value]
         return len(sites) > 1 or any(self._in_loop(site, op) for site in sites) or value in self.replicated
 
