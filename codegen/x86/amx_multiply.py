@@ -27,8 +27,6 @@ from moecc.codegen.x86.builder import Builder, Index, V, constant
 
 WIDEST = 6
 """Sums of one tile of P that fit in the registers beside it and one of Q."""
-WIDE = 4
-"""Sums at a time where there are more than the widest: the rest is never a lone one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,29 +207,20 @@ def _all_sums(
     b: Builder, product: Product, rows: Group, ahead: Group, q: V, q_groups: V, sums: _Sums
 ) -> None:
     """The sums of one tile's rows of P, as many at a time as the registers hold."""
-    most = product.q.groups
+    widest = min(WIDEST, product.q.groups)
 
     def some(first: Index) -> None:
         columns = b.address(q, b.multiply(first, product.q.k_tiles * TILE_BYTES), "i8")
         tiles = replace(sums, start=b.address(sums.start, b.multiply(first, sums.tile_bytes), "i8"))
-        count = _count_of_pass(b, q_groups, first) if most > WIDEST else q_groups
-        for size in range(1, min(WIDEST, most) + 1):
+        left = b.op("sub", q_groups, first) if isinstance(first, V) else q_groups
+        count = b.intrinsic("llvm.smin", "i64", left, _bytes(widest))
+        for size in range(1, widest + 1):
             b.choose(
                 b.compare("icmp eq", count, _bytes(size)),
                 partial(_multiply_row, b, product, rows, ahead, columns, tiles, size),
             )
 
-    b.repeat(most, WIDE if most > WIDEST else most, some)
-
-
-def _count_of_pass(b: Builder, q_groups: V, first: Index) -> V:
-    """All that are left if they fit, else 4, so that the rest is more than 2; none that the pass before has done."""
-    assert isinstance(first, V)
-    left = b.op("sub", q_groups, first)
-    fits = b.compare("icmp sle", left, _bytes(WIDEST))
-    is_first = b.compare("icmp eq", first, _bytes(0))
-    is_left = b.op("or", is_first, b.compare("icmp sgt", left, _bytes(WIDEST - WIDE)))
-    return b.select(is_left, b.select(fits, left, _bytes(WIDE)), _bytes(0))
+    b.repeat(product.q.groups, widest, some)
 
 
 def _multiply_row(

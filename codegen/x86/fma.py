@@ -62,6 +62,10 @@ class OuterPlan(VectorPlan):
         return self.b_over == "k" and self.rows == self.shape.m
 
     @property
+    def skips_rows(self) -> bool:
+        return self.rows < self.shape.m
+
+    @property
     def a(self) -> Widened:
         sides = (self.shape.m, self.shape.k)
         count, length = sides if self.a_over == "outer" else sides[::-1]
@@ -103,28 +107,29 @@ class OuterPlan(VectorPlan):
     def add_product(
         self, b: Builder, packed_a: V, packed_b: V, accumulator: V, used: V | None = None
     ) -> None:
-        parameters = [V("%a", "ptr"), V("%b", "ptr"), V("%sums", "ptr")]
+        parameters = [V("%a", "ptr"), V("%b", "ptr"), V("%sums", "ptr"), V("%rows", "i64")]
         name = f"fma.outer.{self.shape.name}.{self.a_over}.{self.b_over}"
+        rows = constant(self.shape.m, "i64") if used is None else used
         define(b.module, name, parameters, lambda c: _outer(c, self, *parameters))
-        call(b, name, packed_a, packed_b, accumulator)
+        call(b, name, packed_a, packed_b, accumulator, rows)
 
 
-def _outer(b: Builder, plan: OuterPlan, a: V, b_: V, sums: V) -> None:
-    """Panels of B outermost, so that one stays in the first cache while all of A passes."""
+def _outer(b: Builder, plan: OuterPlan, a: V, b_: V, sums: V, rows: V) -> None:
+    """Panels of B outermost, so that one stays in the first cache while the first rows of A pass."""
     shape, panels = plan.shape, plan.panels
     depth = shape.k if plan.direct else panels.depth
 
-    def block(k: Index, column: Index, row: Index) -> None:
-        _outer_block(b, plan, (a, b_, sums), (k, column, row), depth)
+    def column_of(k: Index, column: Index) -> None:
+        def block(row: V, _: list[V]) -> tuple[()]:
+            _outer_block(b, plan, (a, b_, sums), (k, column, row), depth)
+            return ()
+
+        b.loop(0, rows, plan.rows, block)
 
     b.repeat(
         shape.k,
         depth,
-        lambda k: b.repeat(
-            shape.n,
-            panels.width,
-            lambda column: b.repeat(shape.m, plan.rows, lambda row: block(k, column, row)),
-        ),
+        lambda k: b.repeat(shape.n, panels.width, lambda column: column_of(k, column)),
     )
 
 

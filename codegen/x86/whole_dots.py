@@ -6,6 +6,7 @@ Accumulators then stay in registers for the whole sum, and each operand is packe
 from __future__ import annotations
 
 from moecc.codegen.x86.builder import V
+from moecc.codegen.x86.dot_shape import DotPlan
 from moecc.codegen.x86.dots import (
     accumulates_in_place,
     dot_plan,
@@ -16,6 +17,9 @@ from moecc.codegen.x86.steps import Shift, constant_of, shift_of, step
 from moecc.codegen.x86.tiles import Frame, Inline, Shifted
 from moecc.codegen.x86.tree import Op, Value
 
+CACHED_BYTES = 1 << 20
+"""Of a packed operand, half of a second cache."""
+
 _PLAIN = frozenset({"tt.load", "tt.addptr", "tt.dot", "tt.splat", "arith.constant", "scf.yield"})
 
 
@@ -24,7 +28,7 @@ def whole_dots(frame: Frame, loop: Op) -> bool:
 
     The number of rounds is known, sums are not rounded between them, every dot adds to what the loop carries for it
     alone, and its operands are loads without mask whose addresses move on by just their block of k: the rows then
-    lie on in memory.
+    lie on in memory. The smaller operand, packed, stays in the cache.
     """
     rounds = _rounds(loop)
     counter, *arguments = loop.body().arguments
@@ -43,6 +47,8 @@ def whole_dots(frame: Frame, loop: Op) -> bool:
     loads = {operand for _, dot in dots for operand in dot.operands[:2]}
     if any(dot_plan(frame, dot).shape.rounds for _, dot in dots):
         return False
+    if not all(_fits(dot_plan(frame, dot, rounds=rounds)) for _, dot in dots):
+        return False
     if len(dots) != sum(op.name == "tt.dot" for op in loop.body().ops) or not dots:
         return False
     for argument, shift in shifts.items():
@@ -58,6 +64,11 @@ def whole_dots(frame: Frame, loop: Op) -> bool:
             assert by is not None
             frame.tiles[loop.results[i]] = Shifted(shifts[argument].initial, V(str(rounds * by), "i64"))
     return True
+
+
+def _fits(plan: DotPlan) -> bool:
+    """The operand that all rows of the other one pass by."""
+    return min(plan.a_bytes, plan.b_bytes) <= CACHED_BYTES
 
 
 def _rounds(loop: Op) -> int:
