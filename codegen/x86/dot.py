@@ -8,7 +8,12 @@ from moecc.codegen.x86.amx import plan_tiles
 from moecc.codegen.x86.dot_shape import DotPlan, DotShape, Over
 from moecc.codegen.x86.errors import UnsupportedError
 from moecc.codegen.x86.features import Level
-from moecc.codegen.x86.fma import INNER_ROWS, InnerPlan, OuterPlan
+from moecc.codegen.x86.fma import OuterPlan, VectorPlan
+from moecc.codegen.x86.inner import InnerPlan
+from moecc.codegen.x86.outer_pairs import OuterPairsPlan
+
+INNER_ROWS = 8
+"""Up to as many rows of A the sums run along k where bfloats have to be widened."""
 
 _FLOATS = ("bf16", "f16", "f32", "f8E4M3FN", "f8E5M2")
 
@@ -23,9 +28,19 @@ def plan_dot(shape: DotShape, level: Level, *, a_over: Over, b_over: Over) -> Do
     tiles = plan_tiles(shape, a_over=a_over, b_over=b_over) if level.amx else None
     if tiles is not None:
         return tiles
-    if a_over == b_over == "outer" and shape.m <= INNER_ROWS:
-        return InnerPlan(shape=shape, a_over=a_over, b_over=b_over, vector_bytes=level.vector_bytes)
-    return OuterPlan(shape=shape, a_over=a_over, b_over=b_over, vector_bytes=level.vector_bytes)
+    style, pairs = _vector_style(shape, level, a_over, b_over)
+    return style(shape=shape, a_over=a_over, b_over=b_over, vector_bytes=level.vector_bytes, pairs=pairs)
+
+
+def _vector_style(shape: DotShape, level: Level, a_over: Over, b_over: Over) -> tuple[type[VectorPlan], bool]:
+    """The plan, and whether it multiplies bfloats in pairs."""
+    pairs = level.pairs and shape.a == shape.b == "bf16" and shape.lane == "float"
+    lanes, contiguous = level.lanes, a_over == b_over == "outer"
+    if pairs and contiguous and shape.k % (2 * lanes) == 0:
+        return InnerPlan, True
+    if pairs and b_over == "k" and shape.n >= lanes and shape.k % 2 == 0:
+        return OuterPairsPlan, True
+    return (InnerPlan if contiguous and shape.m <= INNER_ROWS else OuterPlan), False
 
 
 def _check_elements(shape: DotShape) -> None:

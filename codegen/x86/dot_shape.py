@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from moecc.codegen.x86.builder import Builder, Module, V, constant
+from moecc.codegen.x86.builder import Builder, Index, Module, V, constant
 from moecc.codegen.x86.types import BYTES, LLVM_TYPES
 
 Over = Literal["outer", "k"]
@@ -194,6 +195,33 @@ def each(b: Builder, size: int, step: int, body: Callable[[Builder, V], None]) -
         return ()
 
     b.loop(0, size, step, once)
+
+
+def each_block(b: Builder, first: Index, last: Index, size: int, body: Callable[[Index, int], None]) -> None:
+    """body(row, count) for every `size` of the rows from `first` to below `last`, then for those that are left."""
+    count = _difference(b, last, first)
+    whole = b.add(first, b.multiply(b.divide(count, size), size))
+
+    def once(row: V, _: list[V]) -> Sequence[V]:
+        body(row, size)
+        return ()
+
+    if whole != first:
+        b.loop(first, whole, size, once)
+    left = b.remainder(count, size)
+    if isinstance(left, int):
+        if left:
+            body(whole, left)
+        return
+    for rows in range(1, size):
+        b.choose(b.compare("icmp eq", left, constant(rows, "i64")), partial(body, whole, rows))
+
+
+def _difference(b: Builder, x: Index, y: Index) -> Index:
+    if isinstance(x, int) and isinstance(y, int):
+        return x - y
+    x, y = (i if isinstance(i, V) else constant(i, "i64") for i in (x, y))
+    return x if y.name == "0" else b.op("sub", x, y)
 
 
 def define(module: Module, name: str, parameters: Sequence[V], body: Callable[[Builder], None]) -> None:

@@ -17,8 +17,9 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 class Level:
     """One level of vector and tile instructions; `flags` are those of /proc/cpuinfo that it needs.
 
-    `cpu` and `llvm` are LLVM's base CPU and what is switched on beside it. bf16 conversions of AVX512-BF16 are left
-    off on purpose: they flush subnormal numbers.
+    `cpu` and `llvm` are LLVM's base CPU and what is switched on beside it. Of AVX512-BF16 only the product is used:
+    its conversions flush subnormal numbers. A CPU with tiles does without: there the product takes as long as the
+    additions that it saves.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Level:
     vector_bytes: int
     cpu: str
     llvm: str = ""
+    pairs: bool = False
     amx: bool = False
 
     @property
@@ -36,6 +38,7 @@ class Level:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_AVX512BF16 = _AVX512 | {"avx512_bf16"}
 _AMX = _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"}
 
 LEVELS: dict[str, Level] = {
@@ -43,6 +46,14 @@ LEVELS: dict[str, Level] = {
     for level in (
         Level(name="avx2", flags=_AVX2, vector_bytes=32, cpu="x86-64-v3"),
         Level(name="avx512", flags=_AVX512, vector_bytes=64, cpu="x86-64-v4", llvm="-prefer-256-bit"),
+        Level(
+            name="avx512bf16",
+            flags=_AVX512BF16,
+            vector_bytes=64,
+            cpu="x86-64-v4",
+            llvm="-prefer-256-bit,+avx512bf16",
+            pairs=True,
+        ),
         Level(
             name="amx",
             flags=_AMX,

@@ -1,8 +1,7 @@
-"""tl.dot on vector registers: float, double and i32 sums of any elements.
+"""tl.dot with n along the lanes: float, double and i32 sums of any elements.
 
-Two styles. `OuterPlan` holds a block of the result in registers and adds products of a broadcast A and vectors of B, n
-along the lanes; B in panels, or, for a few rows of A, from its own memory. `InnerPlan`, for a few rows of A and B with
-k contiguous, has k along the lanes: rows of B stream from their own memory, once.
+A block of the result stays in registers and gets products of a broadcast A and vectors of B added; B is packed in
+panels, or, for a few rows of A, read from its own memory.
 """
 
 from __future__ import annotations
@@ -13,16 +12,19 @@ from dataclasses import dataclass
 from moecc.codegen.x86.builder import Builder, Index, V, constant, vector
 from moecc.codegen.x86.dot_shape import DotPlan, Rows, call, define
 from moecc.codegen.x86.fma_pack import Panels, Widened, copy_pointers, pointer_bytes
-from moecc.codegen.x86.pack import row_pointers, widen, widen_halves
+from moecc.codegen.x86.pack import row_pointers, widen
 from moecc.codegen.x86.types import BYTES, LLVM_TYPES
 
-INNER_ROWS = 8
-"""Up to as many rows of A the sums run along k."""
+_PAIRS = "<32 x bfloat>"
 PANEL_DEPTH = 256
 """k of a panel of B: with 2 vectors of columns, half of the first cache."""
 
 
 def multiply_add(b: Builder, x: V, y: V, total: V) -> V:
+    """total + x * y; lanes of i32 beside sums in float are pairs of bfloats, both of whose products are added."""
+    if x.lane_type == "i32" and total.lane_type == "float":
+        pairs = [b.emit(f"bitcast {factor.typed} to {_PAIRS}", _PAIRS) for factor in (x, y)]
+        return b.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, *pairs, overloads=())
     if total.lane_type == "i32":
         return b.op("add", total, b.op("mul", x, y))
     return b.intrinsic("llvm.fma", total.type, x, y, total)
@@ -30,9 +32,10 @@ def multiply_add(b: Builder, x: V, y: V, total: V) -> V:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorPlan(DotPlan):
-    """`vector_bytes` of a register; a register's worth of accumulators is half of the registers there are."""
+    """`vector_bytes` of a register. `pairs`: bfloats are multiplied as they are, two neighbours of k in each lane."""
 
     vector_bytes: int
+    pairs: bool = False
 
     @property
     def lanes(self) -> int:
@@ -40,7 +43,9 @@ class VectorPlan(DotPlan):
 
     @property
     def sums(self) -> int:
-        """Vectors of sums in registers: half of the registers."""
+        """Vectors of sums in registers: half of the registers, or three quarters where nothing is widened."""
+        if self.pairs:
+            return 24
         return 16 if self.vector_bytes == 64 else 8
 
 
@@ -170,131 +175,3 @@ def _outer_block(
     started = [b.load(vector(lanes, lane), place) for place in places]
     for total, place in zip(b.loop(0, depth, 1, step, started), places, strict=True):
         b.store(total, place)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InnerPlan(VectorPlan):
-    """Both operands with k contiguous."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of A in one block."""
-        return min(self.shape.m, 4)
-
-    @property
-    def streams(self) -> int:
-        """Rows of B in one block."""
-        return min(self.shape.n, self.sums // self.rows, 8)
-
-    @property
-    def halves(self) -> bool:
-        """Whether bfloats are split into their even and odd elements, which costs less than to widen in order."""
-        return self.shape.a == self.shape.b == "bf16" and self.shape.lane == "float" and self.shape.k > 1
-
-    @property
-    def step(self) -> int:
-        """Elements of k at a time."""
-        return min(self.shape.k, self.lanes * (2 if self.halves else 1))
-
-    @property
-    def a_bytes(self) -> int:
-        return self.shape.m * self.shape.k * BYTES[self.shape.lane]
-
-    @property
-    def b_bytes(self) -> int:
-        return pointer_bytes(self.shape.n)
-
-    def pack_a(self, b: Builder, rows: Rows, packed: V) -> None:
-        source, target = V("%pointers", "ptr"), V("%packed", "ptr")
-        name = f"fma.inner.pack.{self.shape.name}"
-        define(b.module, name, [source, target], lambda c: self._pack_a(c, source, target))
-        call(b, name, rows.pointers, packed)
-
-    def _pack_a(self, b: Builder, pointers: V, packed: V) -> None:
-        def row(index: Index) -> None:
-            (source,) = row_pointers(b, pointers, index, self.shape.m, 1)
-            start = b.multiply(index, self.shape.k)
-            b.repeat(self.shape.k, self.step, lambda k: piece(source, b.add(start, k), k))
-
-        def piece(source: V, index: Index, k: Index) -> None:
-            for part, value in enumerate(self.vectors(b, source, k, self.shape.a)):
-                b.store(value, b.address(packed, b.add(index, part * value.lanes), self.shape.lane))
-
-        b.repeat(self.shape.m, 1, row)
-
-    def vectors(self, b: Builder, row: V, k: Index, element: str) -> list[V]:
-        """The step's elements of a row as lanes."""
-        place = b.address(row, k, LLVM_TYPES[element])
-        if self.halves:
-            return widen_halves(b, place, self.step // 2)
-        return [widen(b, place, self.step, element, self.shape.lane)]
-
-    def pack_b(self, b: Builder, rows: Rows, packed: V) -> None:
-        copy_pointers(b, rows.pointers, rows.count, packed)
-
-    def add_product(
-        self, b: Builder, packed_a: V, packed_b: V, accumulator: V, used: V | None = None
-    ) -> None:
-        parameters = [V("%a", "ptr"), V("%b", "ptr"), V("%sums", "ptr")]
-        name = f"fma.inner.{self.shape.name}"
-        define(b.module, name, parameters, lambda c: _inner(c, self, *parameters))
-        call(b, name, packed_a, packed_b, accumulator)
-
-
-def _inner(b: Builder, plan: InnerPlan, a: V, pointers: V, sums: V) -> None:
-    def streams(column: Index) -> None:
-        rows = row_pointers(b, pointers, column, plan.shape.n, plan.streams)
-        b.repeat(plan.shape.m, plan.rows, lambda row: _inner_block(b, plan, a, rows, sums, (row, column)))
-
-    b.repeat(plan.shape.n, plan.streams, streams)
-
-
-def _inner_block(b: Builder, plan: InnerPlan, a: V, rows: list[V], sums: V, at: tuple[Index, Index]) -> None:
-    shape, (row, column) = plan.shape, at
-    parts = 2 if plan.halves else 1
-    type_ = vector(plan.step // parts, shape.lane)
-    a_rows = [b.address(a, b.multiply(b.add(row, i), shape.k), shape.lane) for i in range(plan.rows)]
-
-    def step(k: V, totals: list[V]) -> Sequence[V]:
-        following = list(totals)
-        factors = [
-            [
-                b.load(type_, b.address(a_row, b.add(k, part * plan.step // parts), shape.lane))
-                for part in range(parts)
-            ]
-            for a_row in a_rows
-        ]
-        for j, stream in enumerate(rows):
-            values = plan.vectors(b, stream, k, shape.b)
-            for i, numbers in enumerate(factors):
-                for x, y in zip(numbers, values, strict=True):
-                    place = i * len(rows) + j
-                    following[place] = multiply_add(b, x, y, following[place])
-        return following
-
-    zeros = [constant(0, shape.lane, plan.step // parts)] * (len(rows) * plan.rows)
-    totals = b.loop(0, shape.k, plan.step, step, zeros)
-    for i in range(plan.rows):
-        place = b.address(sums, b.add(b.multiply(b.add(row, i), shape.n), column), shape.lane)
-        _add_sums(b, totals[i * len(rows) : (i + 1) * len(rows)], place)
-
-
-def _add_sums(b: Builder, totals: list[V], place: V) -> None:
-    """Add the sum of each vector's lanes to a number in memory."""
-    line = b.load(vector(len(totals), totals[0].lane_type), place)
-    found = V("poison", line.type)
-    for index, total in enumerate(totals):
-        found = b.insert(found, _sum_of_lanes(b, total), index)
-    b.store(b.op(_addition(line.lane_type), line, found), place)
-
-
-def _addition(lane: str) -> str:
-    return "add" if lane == "i32" else "fadd"
-
-
-def _sum_of_lanes(b: Builder, value: V) -> V:
-    while value.lanes > 1:
-        half = value.lanes // 2
-        low, high = (b.shuffle(value, value, range(first, first + half)) for first in (0, half))
-        value = b.op(_addition(value.lane_type), low, high)
-    return b.extract(value, 0)
