@@ -7,23 +7,18 @@ widened elsewhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from moecc.codegen.x86.builder import Builder, Index, V, constant, vector
 from moecc.codegen.x86.dot_shape import Rows, call, define, each_block
 from moecc.codegen.x86.fma import VectorPlan, multiply_add
 from moecc.codegen.x86.fma_pack import copy_pointers, pointer_bytes
-from moecc.codegen.x86.pack import element_bytes, row_pointers, widen, widen_halves
+from moecc.codegen.x86.pack import row_pointers, transpose, widen, widen_halves
 from moecc.codegen.x86.types import BYTES, LLVM_TYPES
 
 STREAMS = 8
 """Rows of B at a time: what stays in the caches while all rows of A pass."""
-PAGE_BYTES = 4096
-LATENCY = 2
-"""Products under way at a time that keep up with memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +40,15 @@ class InnerPlan(VectorPlan):
         return min(self.streams, 1 << (self.sums // rows).bit_length() - 1)
 
     @property
-    def fills_pages(self) -> bool:
-        """Whether a row of B is a page of memory at least: then several come at a time, else one after the other.
+    def apart(self) -> int:
+        """Distance of the rows of B that stand beside each other. Each is followed by the next in memory: long streams,
+        which hardware foresees; rows shorter than a page would be many short ones."""
+        spread = self.shape.n >= STREAMS * STREAMS and not self.shape.rounds
+        return self.shape.n // STREAMS if spread else 1
 
-        Hardware foresees reads page by page: it follows one in each of several pages, but not several in one.
-        """
-        return self.shape.k * element_bytes(self.shape.b) >= PAGE_BYTES
+    @property
+    def plain(self) -> bool:
+        return super().plain and self.apart == 1
 
     @property
     def skips_rows(self) -> bool:
@@ -71,21 +69,9 @@ class InnerPlan(VectorPlan):
         """Of a vector of sums; a lane adds up pairs or both halves."""
         return self.step // (2 if self.halves else 1)
 
-    def sums_in_turn(self, rows: int) -> int:
-        """Sums for each of `rows` rows of A by one row of B: as many as hide the latency of a product."""
-        return (
-            math.gcd(self.shape.k // self.step, 1 << (LATENCY // rows).bit_length() - 1)
-            if rows < LATENCY
-            else 1
-        )
-
     @property
     def zero_sums(self) -> V:
         return constant(0, self.shape.lane, self.sum_lanes)
-
-    @property
-    def stage_lanes(self) -> int:
-        return self.rows * self.streams * self.sum_lanes
 
     @property
     def packed_lane(self) -> str:
@@ -174,25 +160,57 @@ class InnerPlan(VectorPlan):
             define(b.module, f"{name}.some", [*buffers, rows], lambda c: _inner(c, self, buffers, rows))
             call(b, f"{name}.some", *arguments, used)
 
+    def to_rows(self, b: Builder, accumulator: V, rows: V) -> None:
+        if self.apart == 1:
+            super().to_rows(b, accumulator, rows)
+        else:
+            self._exchange(b, "to", accumulator, rows, self.shape.n // self.apart, self.apart)
+
+    def from_rows(self, b: Builder, rows: V, accumulator: V) -> None:
+        if self.apart == 1:
+            super().from_rows(b, rows, accumulator)
+        else:
+            self._exchange(b, "from", rows, accumulator, self.apart, self.shape.n // self.apart)
+
+    def _exchange(self, b: Builder, way: str, source: V, target: V, width: int, height: int) -> None:
+        """Every line of `source`, [height, width], becomes [width, height] in `target`, in squares."""
+        lane, square = self.shape.lane, STREAMS
+        from_, to = V("%from", "ptr"), V("%to", "ptr")
+
+        def body(c: Builder, line: Index, i: Index, j: Index) -> None:
+            start = c.multiply(line, width * height)
+            first = c.add(start, c.add(c.multiply(i, width), j))
+            lines = [c.address(from_, c.add(first, row * width), lane) for row in range(square)]
+            into = c.add(start, c.add(c.multiply(j, height), i))
+            for column, value in enumerate(transpose(c, lines, lane)):
+                c.store(value, c.address(to, c.add(into, column * height), lane))
+
+        def emit(c: Builder) -> None:
+            c.repeat(
+                self.shape.m,
+                1,
+                lambda line: c.repeat(
+                    height,
+                    square,
+                    lambda i: c.repeat(width, square, lambda j: body(c, line, i, j)),
+                ),
+            )
+
+        name = f"inner.{way}.{self.shape.name}"
+        define(b.module, name, [from_, to], emit)
+        call(b, name, source, target)
+
 
 def _inner(b: Builder, plan: InnerPlan, buffers: tuple[V, V, V], rows: Index) -> None:
-    """A few rows of B at a time: the first rows of A pass them as they come from memory, the others from the cache."""
-    block = _Block(b, plan, *buffers, b.allocate(plan.shape.lane, plan.stage_lanes))
-    widest, width = plan.streams, plan.streams_beside(plan.rows)
+    """A few rows of B at a time pass all rows of A: by the first of them they come from memory, then from the cache."""
+    block = _Block(b, plan, *buffers)
 
     def few() -> None:
-        b.repeat(
-            plan.shape.n,
-            widest,
-            lambda column: each_block(b, 0, rows, plan.rows, partial(block.from_memory, column, widest)),
-        )
+        b.repeat(plan.shape.n, plan.streams, lambda place: block.of_rows(place, plan.streams, rows))
 
     def many() -> None:
-        b.repeat(plan.shape.n, width, beside)
-
-    def beside(column: Index) -> None:
-        block.from_memory(column, width, 0, plan.rows)
-        each_block(b, plan.rows, rows, plan.rows, partial(block.from_cache, column, width))
+        width = plan.streams_beside(plan.rows)
+        b.repeat(plan.shape.n, width, lambda place: block.of_rows(place, width, rows))
 
     if isinstance(rows, int):
         (few if rows <= plan.rows else many)()
@@ -204,29 +222,34 @@ def _inner(b: Builder, plan: InnerPlan, buffers: tuple[V, V, V], rows: Index) ->
 
 @dataclass(frozen=True)
 class _Block:
-    """Products of `count` rows of A, from `row` on, with `width` rows of B, from `column` on, added to their sums."""
+    """Products of rows of A with `width` rows of B, added to their sums, which stand side by side from `place` on."""
 
     b: Builder
     plan: InnerPlan
     a: V
     pointers: V
     sums: V
-    stage: V
 
-    def from_memory(self, column: Index, width: int, row: Index, count: int) -> None:
-        if self.plan.fills_pages:
-            self.from_cache(column, width, row, count)
-        else:
-            self._one_by_one(column, width, row, count)
+    def of_rows(self, place: Index, width: int, rows: Index) -> None:
+        streams = self._streams(place, width)
 
-    def from_cache(self, column: Index, width: int, row: Index, count: int) -> None:
-        """Rows of B side by side, as many as sums stay in registers for."""
-        streams = row_pointers(self.b, self.pointers, column, self.plan.shape.n, width)
-        some = min(width, self.plan.streams_beside(count))
-        for first in range(0, width, some):
-            self._side_by_side(streams[first : first + some], self.b.add(column, first), row, count)
+        def block(row: Index, count: int) -> None:
+            some = min(width, self.plan.streams_beside(count))
+            for first in range(0, width, some):
+                self._side_by_side(streams[first : first + some], self.b.add(place, first), row, count)
 
-    def _side_by_side(self, streams: list[V], column: Index, row: Index, count: int) -> None:
+        each_block(self.b, 0, rows, self.plan.rows, block)
+
+    def _streams(self, place: Index, width: int) -> list[V]:
+        b, apart = self.b, self.plan.apart
+        if apart == 1:
+            return row_pointers(b, self.pointers, place, self.plan.shape.n, width)
+        group = b.divide(place, self.plan.streams)
+        first = b.multiply(b.remainder(place, self.plan.streams), apart)
+        at = b.add(group, first)
+        return [b.load("ptr", b.address(self.pointers, b.add(at, i * apart), "ptr")) for i in range(width)]
+
+    def _side_by_side(self, streams: list[V], place: Index, row: Index, count: int) -> None:
         b, plan = self.b, self.plan
         start = plan.packed_block(b, self.a, row)
 
@@ -236,47 +259,14 @@ class _Block:
 
         totals = b.loop(0, plan.shape.k, plan.step, step, [plan.zero_sums] * (len(streams) * count))
         for i in range(count):
-            self._add_sums(totals[i * len(streams) : (i + 1) * len(streams)], b.add(row, i), column)
+            self._add_sums(totals[i * len(streams) : (i + 1) * len(streams)], b.add(row, i), place)
 
-    def _one_by_one(self, column: Index, width: int, row: Index, count: int) -> None:
-        """Rows of B one after the other; several sums a row of A, of k in turn, so that products do not wait."""
-        b, plan, parts = self.b, self.plan, self.plan.sums_in_turn(count)
-        start = plan.packed_block(b, self.a, row)
-
-        def stream(j: Index) -> None:
-            (source,) = row_pointers(b, self.pointers, b.add(column, j), plan.shape.n, 1)
-
-            def step(k: V, totals: list[V]) -> Sequence[V]:
-                following = []
-                for part in range(parts):
-                    at = b.add(k, part * plan.step)
-                    columns = [plan.vectors(b, source, at, plan.shape.b)]
-                    some = totals[part * count : (part + 1) * count]
-                    following += _multiply_step(b, plan.packed_vectors(b, start, at, count), columns, some)
-                return following
-
-            totals = b.loop(0, plan.shape.k, parts * plan.step, step, [plan.zero_sums] * (parts * count))
-            while len(totals) > count:
-                half = len(totals) // 2
-                halves = zip(totals[:half], totals[half:], strict=True)
-                totals = [b.op(_addition(plan.shape.lane), x, y) for x, y in halves]
-            for i, total in enumerate(totals):
-                b.store(total, staged(i, j))
-
-        def staged(i: int, j: Index) -> V:
-            return b.address(self.stage, b.multiply(b.add(j, i * width), plan.sum_lanes), plan.shape.lane)
-
-        b.repeat(width, 1, stream)
-        for i in range(count):
-            totals = [b.load(plan.zero_sums.type, staged(i, j)) for j in range(width)]
-            self._add_sums(totals, b.add(row, i), column)
-
-    def _add_sums(self, totals: list[V], row: Index, column: Index) -> None:
+    def _add_sums(self, totals: list[V], row: Index, place: Index) -> None:
         """Add the sum of each vector's lanes to a number in memory."""
         b, shape = self.b, self.plan.shape
-        place = b.address(self.sums, b.add(b.multiply(row, shape.n), column), shape.lane)
-        line = b.load(vector(len(totals), shape.lane), place)
-        b.store(b.op(_addition(shape.lane), line, sums_of_lanes(b, totals)), place)
+        target = b.address(self.sums, b.add(b.multiply(row, shape.n), place), shape.lane)
+        line = b.load(vector(len(totals), shape.lane), target)
+        b.store(b.op(_addition(shape.lane), line, sums_of_lanes(b, totals)), target)
 
 
 def _multiply_step(b: Builder, numbers: list[list[V]], columns: list[list[V]], totals: list[V]) -> list[V]:
