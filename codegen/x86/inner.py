@@ -17,6 +17,8 @@ from moecc.codegen.x86.fma_pack import copy_pointers, pointer_bytes
 from moecc.codegen.x86.pack import row_pointers, transpose, widen, widen_halves
 from moecc.codegen.x86.types import BYTES, LLVM_TYPES
 
+HEAD_LINES = 4
+"""Of a row to come: enough for the hardware's prefetcher to go on."""
 STREAMS = 8
 """Rows of B at a time: what stays in the caches while all rows of A pass."""
 
@@ -206,11 +208,21 @@ def _inner(b: Builder, plan: InnerPlan, buffers: tuple[V, V, V], rows: Index) ->
     block = _Block(b, plan, *buffers)
 
     def few() -> None:
-        b.repeat(plan.shape.n, plan.streams, lambda place: block.of_rows(place, plan.streams, rows))
+        b.repeat(plan.shape.n, plan.streams, once)
+
+    def once(place: Index) -> None:
+        block.foresee(place)
+        block.of_rows(place, plan.streams, 0, rows)
 
     def many() -> None:
-        width = plan.streams_beside(plan.rows)
-        b.repeat(plan.shape.n, width, lambda place: block.of_rows(place, width, rows))
+        b.repeat(plan.shape.n, plan.streams_beside(plan.rows), in_parts)
+
+    def in_parts(place: Index) -> None:
+        """Memory is read ahead while the second rows of A multiply, which need none of it."""
+        width, second = plan.streams_beside(plan.rows), _at_most(b, rows, 2 * plan.rows)
+        block.of_rows(place, width, 0, plan.rows)
+        block.of_rows(place, width, plan.rows, second, ahead=True)
+        block.of_rows(place, width, second, rows)
 
     if isinstance(rows, int):
         (few if rows <= plan.rows else many)()
@@ -218,6 +230,12 @@ def _inner(b: Builder, plan: InnerPlan, buffers: tuple[V, V, V], rows: Index) ->
         few()
     else:
         b.choose(b.compare("icmp sle", rows, constant(plan.rows, "i64")), few, many)
+
+
+def _at_most(b: Builder, count: Index, limit: int) -> Index:
+    if isinstance(count, int):
+        return min(count, limit)
+    return b.intrinsic("llvm.smin", "i64", count, constant(limit, "i64"))
 
 
 @dataclass(frozen=True)
@@ -230,15 +248,16 @@ class _Block:
     pointers: V
     sums: V
 
-    def of_rows(self, place: Index, width: int, rows: Index) -> None:
+    def of_rows(self, place: Index, width: int, first: Index, last: Index, *, ahead: bool = False) -> None:
+        """`ahead`: the rows that follow in every stream are fetched meanwhile."""
         streams = self._streams(place, width)
 
         def block(row: Index, count: int) -> None:
             some = min(width, self.plan.streams_beside(count))
-            for first in range(0, width, some):
-                self._side_by_side(streams[first : first + some], self.b.add(place, first), row, count)
+            for at in range(0, width, some):
+                self._side_by_side(streams[at : at + some], self.b.add(place, at), row, count, ahead)
 
-        each_block(self.b, 0, rows, self.plan.rows, block)
+        each_block(self.b, first, last, self.plan.rows, block)
 
     def _streams(self, place: Index, width: int) -> list[V]:
         b, apart = self.b, self.plan.apart
@@ -249,11 +268,25 @@ class _Block:
         at = b.add(group, first)
         return [b.load("ptr", b.address(self.pointers, b.add(at, i * apart), "ptr")) for i in range(width)]
 
-    def _side_by_side(self, streams: list[V], place: Index, row: Index, count: int) -> None:
+    def foresee(self, place: Index) -> None:
+        """Begin the rows that follow in every stream: where a page ends, hardware foresees nothing."""
+        line = 64 // BYTES[LLVM_TYPES[self.plan.shape.b]]
+        for stream in self._streams(place, self.plan.streams):
+            for i in range(HEAD_LINES):
+                self._prefetch(stream, self.plan.shape.k + i * line)
+
+    def _prefetch(self, stream: V, element: Index) -> None:
+        to_read, into_second_cache, data = (constant(number, "i32") for number in (0, 2, 1))
+        place = self.b.address(stream, element, LLVM_TYPES[self.plan.shape.b])
+        self.b.intrinsic("llvm.prefetch", "void", place, to_read, into_second_cache, data, overloads=["ptr"])
+
+    def _side_by_side(self, streams: list[V], place: Index, row: Index, count: int, ahead: bool) -> None:
         b, plan = self.b, self.plan
         start = plan.packed_block(b, self.a, row)
 
         def step(k: V, totals: list[V]) -> Sequence[V]:
+            for stream in streams if ahead else ():
+                self._prefetch(stream, b.add(k, plan.shape.k))
             columns = [plan.vectors(b, stream, k, plan.shape.b) for stream in streams]
             return _multiply_step(b, plan.packed_vectors(b, start, k, count), columns, totals)
 
