@@ -23,6 +23,7 @@ class RouterFields:
     norm_eps = attr(float, default=0.0, min=0)
     norm_min = attr(float, default=0.0, min=0)
     scale = attr(float, default=1.0)
+    jitter = attr(float, default=0.0, min=0)
 
 
 ROUTER_ATTRIBUTES = tuple(name for name in vars(RouterFields) if not name.startswith("_") and name != "top_k")

@@ -199,11 +199,15 @@ class Combine(Op, mnemonic="moe.combine"):
 
 
 class SharedExpert(ActivationFields, Op, mnemonic="moe.shared_expert"):
-    """Experts that every token passes, summed: gate_up [count, 2 I, H], down [count, H, I]."""
+    """Experts that every token passes, summed: gate_up [count, 2 I, H], down [count, H, I].
+
+    With `gate` [1, H] there is one, and each token weights it by sigmoid(x @ gate^T).
+    """
 
     x = operand(TokensType)
     gate_up = operand(WeightsType)
     down = operand(WeightsType)
+    gate = optional(WeightsType)
     shared = result()
 
     def infer(self) -> tuple[Type]:
@@ -212,6 +216,9 @@ class SharedExpert(ActivationFields, Op, mnemonic="moe.shared_expert"):
         require_same(
             self, "shapes of down", weights_of(self, "down", 3).shape, (count, hidden, two_intermediate // 2)
         )
+        if "gate" in self.operands:
+            require_same(self, "shapes of gate", weights_of(self, "gate", 2).shape, (1, hidden))
+            require_same(self, "experts behind the gate", count, 1)
         return (self.x.type,)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Score = Literal["softmax", "sigmoid"]
+Score = Literal["softmax", "sigmoid", "sparsemixer"]
 GroupScore = Literal["max", "top2_sum"]
 ActivationKind = Literal["silu_glu", "gelu_glu", "clamped_swiglu"]
 
@@ -22,6 +22,10 @@ class Router:
     4. top-k by selection score, ties to the lower expert id; weights = scores of the selected; with `normalize`
        divided by max(sum + norm_eps, norm_min).
     5. weights *= scale.
+
+    With score `sparsemixer` (PhiMoE, arXiv:2409.12136, in evaluation) 1 to 4 are instead: top-k by logit, ties to
+    the lower expert id; the weight of each, in turn, is its softmax among those logits not taken before it that are
+    near it: best - logit <= 2 jitter max(|logit|, best), where best is the logit that is taken.
     """
 
     score: Score = "softmax"
@@ -34,6 +38,7 @@ class Router:
     norm_eps: float = 0.0
     norm_min: float = 0.0
     scale: float = 1.0
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,4 +68,9 @@ def why_impossible(router: Router, experts: int, top_k: int) -> tuple[str, str] 
         return what, f"top_k must be in [1, {selectable}]"
     if router.group_score == "top2_sum" and groups > 1 and experts // groups < 2:
         return "groups of one expert have no two best scores to add", "use group_score max"
+    if router.score == "sparsemixer" and (
+        router.select_first or router.selection_bias or groups > 1 or router.normalize
+    ):
+        what = "sparsemixer takes experts by their logits alone, and its weights as they are"
+        return what, "remove select_first, the selection bias, groups and normalize"
     return None

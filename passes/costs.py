@@ -83,7 +83,10 @@ def _mlp(op: Any, situation: Situation) -> Compute:
 
 
 def _shared_expert(op: Any, situation: Situation) -> Work:
-    """The experts' kernels: plan, gate-up and down, beyond some tokens combine, beyond more scatter."""
+    """The experts' kernels: plan, gate-up and down, beyond some tokens combine, beyond more scatter.
+
+    Behind a gate the router stands for the plan; its one row of weights is not worth counting.
+    """
     rows = _rows(op.x, situation)
     launches = 3 + (rows > FUSED_COMBINE_TOKENS) + (rows > ONE_LAUNCH_TOKENS)
     return replace(_mlp(op, situation), launches=launches)

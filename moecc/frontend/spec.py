@@ -28,10 +28,14 @@ DEFAULT_PREFILL_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExperts:
-    """Experts that every token visits; `intermediate_size` is that of one."""
+    """Experts that every token visits; `intermediate_size` is that of one.
+
+    `gated`: the one expert's output is weighted by sigmoid(x @ gate) of each token (Qwen2-MoE).
+    """
 
     count: int = 0
     intermediate_size: int = 0
+    gated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,8 @@ def _shared(model: ModelSpec, function: Function, x: Value, activation: dict[str
     width = shared.intermediate_size
     gate_up = _argument(function, "shared_gate_up", (shared.count, 2 * width, hidden), model.dtype)
     down = _argument(function, "shared_down", (shared.count, hidden, width), model.dtype)
-    return [build(ops.SharedExpert, activation, x=x, gate_up=gate_up, down=down)]
+    gate = _argument(function, "shared_gate", (1, hidden), model.dtype) if shared.gated else None
+    return [build(ops.SharedExpert, activation, x=x, gate_up=gate_up, down=down, gate=gate)]
 
 
 def _attention_costs(spec: CompileSpec, layer: int) -> dict[str, Any]:

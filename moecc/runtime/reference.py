@@ -28,7 +28,7 @@ def logits(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 def select(router: Router, scores: Tensor, correction_bias: Tensor | None) -> Selection:
     """Steps 1 to 3 of `Router`: experts outside the chosen groups select with -inf."""
-    if router.select_first:
+    if router.select_first or router.score == "sparsemixer":
         return Selection(scores, scores)
     weighting = scores.sigmoid() if router.score == "sigmoid" else scores.softmax(-1)
     selecting = weighting + correction_bias.double() if correction_bias is not None else weighting
@@ -44,12 +44,26 @@ def select(router: Router, scores: Tensor, correction_bias: Tensor | None) -> Se
 
 def routing_weights(router: Router, selection: Selection, ids: Tensor) -> Tensor:
     """Steps 4 and 5 of `Router` for given ids [tokens, top_k]: weights in float64."""
+    if router.score == "sparsemixer":
+        return _mixer_weights(router.jitter, selection.weighting, ids.long()) * router.scale
     chosen = selection.weighting.gather(-1, ids.long())
     if router.select_first:
         return (chosen.sigmoid() if router.score == "sigmoid" else chosen.softmax(-1)) * router.scale
     if router.normalize:
         chosen = chosen / (chosen.sum(-1, keepdim=True) + router.norm_eps).clamp(min=router.norm_min)
     return chosen * router.scale
+
+
+def _mixer_weights(jitter: float, logits: Tensor, ids: Tensor) -> Tensor:
+    """Each expert's softmax among the logits near it that were not taken before it."""
+    left, weights = logits.clone(), []
+    for taken in ids.unbind(-1):
+        best = left.gather(-1, taken[:, None])
+        far = best - left > 2 * jitter * torch.maximum(left.abs(), best)
+        near = left.masked_fill(far, -torch.inf).softmax(-1)
+        weights.append(near.gather(-1, taken[:, None]))
+        left = left.scatter(-1, taken[:, None], -torch.inf)
+    return torch.cat(weights, -1)
 
 
 def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:

@@ -66,11 +66,34 @@ def _is_odd(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Shared experts that run apart: every token selects all of them."""
+    """Shared experts that run apart: every token selects all of them, with weight 1 or by a gate."""
 
     kernels: Kernels
     shape: LayerShape
     weights: Weights
+    gated: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            return self.kernels.forward(x, self.weights)
+        everyone = self.everyone(x)
+        return self.kernels.experts(x, everyone, everyone.new_ones(everyone.shape).float(), self.weights)
+
+    def everyone(self, x: Tensor) -> Tensor:
+        """Ids of all shared experts for each token, [tokens, count] int32."""
+        import torch
+
+        ids = torch.arange(self.shape.experts, dtype=torch.int32, device=x.device)
+        return ids.repeat(len(x), 1)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """What `forward` should give, in float64."""
+        from moecc.runtime import reference
+
+        everyone = self.everyone(x)
+        ones = everyone.double().fill_(1.0)
+        weight = reference.logits(x, self.weights).sigmoid() if self.gated else ones
+        return reference.experts(x, everyone, weight, self.weights, self.shape.activation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +162,10 @@ def _load_layer(artifact: Artifact, tokens: int, where: tuple[str, str], generat
     if apart:
         shared_weights = random_weights(apart.shape, generator, device)
         shared = Shared(
-            kernels=load_kernels(artifact, apart, backend), shape=apart.shape, weights=shared_weights
+            kernels=load_kernels(artifact, apart, backend),
+            shape=apart.shape,
+            weights=shared_weights,
+            gated=apart.entry == "forward",
         )
     return Layer(
         function=function,
@@ -231,11 +257,8 @@ def _forward(layer: Layer, x: Tensor) -> Done:
             total.index_add_(0, share.tokens, rows.float())
             launches += len(layer.kernels.launches(len(share.tokens)))
     if layer.shared is not None:
-        shared = layer.shared
-        everyone = torch.arange(shared.shape.experts, dtype=torch.int32, device=x.device).repeat(len(x), 1)
-        ones = torch.ones(everyone.shape, device=x.device)
-        total += shared.kernels.experts(x, everyone, ones, shared.weights).float()
-        launches += len(shared.kernels.launches(len(x)))
+        total += layer.shared.forward(x).float()
+        launches += len(layer.shared.kernels.launches(len(x)))
     return Done(ids, topk_weights, total.to(x.dtype), launches)
 
 
@@ -254,9 +277,7 @@ def _checked(result: RunResult, layer: Layer, x: Tensor, done: Done) -> RunResul
     weight_error = float((exact - done.topk_weights).abs().max())
     expected = reference.experts(x, done.ids, exact, weights, shape.activation)
     if layer.shared is not None:
-        everyone = done.ids.new_tensor(range(layer.shared.shape.experts)).repeat(len(x), 1)
-        ones = everyone.double().fill_(1.0)
-        expected += reference.experts(x, everyone, ones, layer.shared.weights, layer.shared.shape.activation)
+        expected += layer.shared.reference(x)
     difference = done.out.double() - expected
     return replace(
         result,

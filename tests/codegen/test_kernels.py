@@ -75,6 +75,26 @@ FAMILIES = {
         top_k=3,
         router=Router(selection_bias=True, normalize=True, norm_min=0.4),
     ),
+    "minimax-m2": LayerShape(
+        tokens=17,
+        hidden=48,
+        intermediate=24,
+        experts=96,
+        top_k=8,
+        router=Router(score="sigmoid", selection_bias=True, normalize=True),
+    ),
+    "phimoe": LayerShape(
+        tokens=17,
+        hidden=56,
+        intermediate=24,
+        experts=12,
+        top_k=2,
+        router=Router(score="sparsemixer", jitter=0.3),
+    ),
+    # The gate of Qwen2-MoE's shared expert is a router of one expert.
+    "shared-gate": LayerShape(
+        tokens=17, hidden=48, intermediate=72, experts=1, top_k=1, router=Router(score="sigmoid")
+    ),
 }
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
@@ -136,6 +156,11 @@ def reference_route(
         logits += weights["router_bias"].cpu().double()
     all_ids, all_weights = [], []
     for row in logits:
+        if router.score == "sparsemixer":
+            ids, chosen = _mixed(router.jitter, row.tolist(), shape.top_k)
+            all_ids.append(ids)
+            all_weights.append(torch.tensor(chosen, dtype=torch.float64) * router.scale)
+            continue
         scores = row if router.select_first else _score(router, row)
         selection = scores + weights["correction_bias"].cpu().double() if router.selection_bias else scores
         allowed = list(range(shape.experts))
@@ -155,6 +180,20 @@ def reference_route(
         all_ids.append(ids)
         all_weights.append(chosen * router.scale)
     return torch.tensor(all_ids), torch.stack(all_weights)
+
+
+def _mixed(jitter: float, row: list[float], top_k: int) -> tuple[list[int], list[float]]:
+    """Sparsemixer in evaluation: each taken logit is weighed against the near ones that are left."""
+    ids: list[int] = []
+    weights = []
+    for _ in range(top_k):
+        left = [e for e in range(len(row)) if e not in ids]
+        taken = max(left, key=lambda e: row[e])
+        best = row[taken]
+        near = [row[e] for e in left if (best - row[e]) / max(abs(row[e]), best) <= 2 * jitter]
+        ids.append(taken)
+        weights.append(1 / sum(math.exp(logit - best) for logit in near))
+    return ids, weights
 
 
 def _score(router: Router, row: torch.Tensor) -> torch.Tensor:

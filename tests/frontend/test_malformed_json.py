@@ -164,7 +164,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     ),
     "score": (
         text(DEEPSEEK, scoring_func="softmax"),
-        "21:19: scoring_func 'softmax' is not DeepSeek-V3's; hint: 'sigmoid' is supported",
+        "21:19: scoring_func 'softmax' is not supported; hint: deepseek_v3 computes 'sigmoid'",
     ),
     "layer types": (
         text(model_type="gpt_oss", intermediate_size=32, layer_types=["full_attention"]),

@@ -37,9 +37,13 @@ def build(
     router_bias: bool = False,
     expert_bias: bool = False,
     shared_experts: SharedExperts | None = None,
+    ties_embeddings: bool = False,
     notes: Sequence[str] = (),
 ) -> ModelSpec:
-    """A ModelSpec from what a family decided and the fields that all families share."""
+    """A ModelSpec from what a family decided and the fields that all families share.
+
+    ties_embeddings: what a config that does not say means.
+    """
     layers = fields.integer("layers")
     dense = tuple(sorted(dense_layers))
     dtype, dtype_notes = _dtype(fields)
@@ -61,7 +65,7 @@ def build(
         attention=attention,
         dense_intermediate_size=dense_intermediate_size if dense else None,
         vocab_size=fields.integer("vocab_size"),
-        tie_embeddings=fields.boolean("tie_embeddings", False),
+        tie_embeddings=fields.boolean("tie_embeddings", ties_embeddings),
         dtype=dtype,
         notes=(*dtype_notes, *notes),
         source=fields.document.file,
@@ -85,6 +89,25 @@ def glu_activation(fields: Fields) -> Activation:
     if act == "gelu":
         return Activation(kind="gelu_glu")
     raise fields.error("activation", f"'{act}' is not supported", "silu and gelu are")
+
+
+def require_text(fields: Fields, key: str, known: str) -> None:
+    """Errors: InputError where `key` is given and says anything but the one thing that the family computes."""
+    if fields.text(key, known) != known:
+        hint = f"{fields.text('model_type', '')} computes '{known}'"
+        raise fields.error(key, f"'{fields.text(key, known)}' is not supported", hint)
+
+
+def refuse_bias(fields: Fields, key: str, where: str) -> None:
+    """Errors: InputError where `key` adds biases that the expert kernels of shared experts do not have."""
+    if fields.boolean(key, False):
+        raise fields.error(key, f"adds biases to {where}, which are not supported", "false is supported")
+
+
+def prediction_notes(fields: Fields, key: str) -> list[str]:
+    """What to say about multi-token prediction layers, which no step of the model itself runs."""
+    layers = fields.integer(key, 0, minimum=0)
+    return [f"{layers} multi-token prediction layer(s) are left out"] if layers else []
 
 
 def gqa_attention(
