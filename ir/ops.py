@@ -32,10 +32,12 @@ from moecc.ir.types import (
 
 
 class Attention(Op, mnemonic="attn.opaque"):
-    """Attention with its norms, known by its cost alone: the residual stream, and its norm that enters the FFN.
+    """Attention, or what a model has in its place, with its norms and known by its cost alone: the residual stream,
+    and its norm that enters the FFN.
 
     A token costs `flops_per_token` in projections and `flops_per_context_token` for each token it attends to,
-    at most `context` of them.
+    at most `context` of them. A state-space mixer keeps `state_bytes` for each sequence instead of a context.
+    Without weights there is no mixer, just the norm.
     """
 
     x = operand(TokensType)
@@ -46,13 +48,14 @@ class Attention(Op, mnemonic="attn.opaque"):
     weight_bytes = attr(int, min=0)
     kv_bytes_per_token = attr(int, min=0)
     context = attr(int, min=0)
+    state_bytes = attr(int, default=0, min=0)
 
     def infer(self) -> tuple[Type, Type]:
         return self.x.type, self.x.type
 
 
-class DenseMlp(Op, mnemonic="dense.mlp"):
-    """The gated MLP of a layer without experts."""
+class DenseMlp(ActivationFields, Op, mnemonic="dense.mlp"):
+    """The MLP of a layer without experts."""
 
     x = operand(TokensType)
     gate_up = operand(WeightsType)

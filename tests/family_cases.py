@@ -61,6 +61,22 @@ ERNIE = {
     "moe_num_shared_experts": 2,
 }
 ERNIE.pop("num_experts_per_tok")
+JAMBA = {**COMMON, "intermediate_size": 24, "num_experts": 16, "mamba_d_state": 6, "mamba_d_conv": 3}
+NEMOTRON = {
+    **COMMON,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 56,
+    "n_routed_experts": 16,
+    "routed_scaling_factor": 2.5,
+    "head_dim": 16,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 10,
+    "conv_kernel": 3,
+}
+NEMOTRON.pop("num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,25 @@ CASES: dict[str, Case] = {
         },
     ),
     "minimax-m2": Case("MiniMaxM2", "MiniMaxM2TopKRouter", {**LOCAL, "head_dim": 16}),
+    "jamba": Case("Jamba", "JambaTopKRouter", {**JAMBA, "attn_layer_period": 2, "attn_layer_offset": 1}),
+    "jamba-sparse": Case(
+        "Jamba",
+        "JambaTopKRouter",
+        {**JAMBA, "expert_layer_period": 3, "expert_layer_offset": 0, "mamba_dt_rank": 5, "mamba_expand": 3},
+    ),
+    "nemotron-h": Case("NemotronH", "NemotronHTopkRouter", {**NEMOTRON, "hybrid_override_pattern": "ME*EM-"}),
+    "nemotron-h-groups": Case(
+        "NemotronH",
+        "NemotronHTopkRouter",
+        {
+            **NEMOTRON,
+            "layers_block_type": ["moe", "full_attention", "moe"],
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "mlp_hidden_act": "silu",
+        },
+    ),
 }
 # One of each family, for checks that are slow.
 FAMILIES = (
@@ -166,6 +201,8 @@ FAMILIES = (
     "phi",
     "ernie",
     "minimax-m2",
+    "jamba",
+    "nemotron-h",
 )
 
 

@@ -16,8 +16,10 @@ from moecc.frontend.families import (
     glm4_moe,
     gpt_oss,
     granitemoe,
+    jamba,
     minimax_m2,
     mixtral,
+    nemotron_h,
     olmoe,
     phimoe,
     qwen2_moe,
@@ -40,6 +42,8 @@ FAMILIES: Mapping[str, Callable[[JsonObject, str], ModelSpec]] = {
     "phimoe": phimoe.read,
     "ernie4_5_moe": ernie4_5_moe.read,
     "minimax_m2": minimax_m2.read,
+    "jamba": jamba.read,
+    "nemotron_h": nemotron_h.read,
 }
 
 INLINE_FIELDS = "hidden_size, moe_layers, experts, top_k, intermediate_size, router"

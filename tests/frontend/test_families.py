@@ -69,7 +69,8 @@ def _block(spec: ModelSpec, block: Any, x: torch.Tensor) -> torch.Tensor:
     selection = reference.select(spec.router, logits, correction_bias(block))
     ids = selection.selecting.topk(spec.top_k).indices
     weights = reference.routing_weights(spec.router, selection, ids)
-    experts = {"gate_up": block.experts.gate_up_proj, "down": block.experts.down_proj}
+    first = block.experts.gate_up_proj if spec.activation.gated else block.experts.up_proj
+    experts = {"gate_up": first, "down": block.experts.down_proj}
     out = reference.experts(x, ids, weights, experts, spec.activation)
     if spec.shared_experts.count:
         out += _shared(spec, block, x)
@@ -80,15 +81,14 @@ def _shared(spec: ModelSpec, block: Any, x: torch.Tensor) -> torch.Tensor:
     """transformers writes n shared experts as one of n times the width."""
     mlp = block.shared_expert if hasattr(block, "shared_expert") else block.shared_experts
     shared = spec.shared_experts
-    assert mlp.gate_proj.weight.shape[0] == shared.count * shared.intermediate_size
-    stacked = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])[None]
+    assert mlp.up_proj.weight.shape[0] == shared.count * shared.intermediate_size
+    first = [mlp.gate_proj.weight, mlp.up_proj.weight] if spec.activation.gated else [mlp.up_proj.weight]
     weight = torch.ones(len(x), 1)
     if shared.gated:
         weight = reference.logits(x, {"gate": block.shared_expert_gate.weight}).sigmoid()
     ids = torch.zeros(len(x), 1, dtype=torch.int32)
-    return reference.experts(
-        x, ids, weight, {"gate_up": stacked, "down": mlp.down_proj.weight[None]}, spec.activation
-    )
+    stacked = {"gate_up": torch.cat(first)[None], "down": mlp.down_proj.weight[None]}
+    return reference.experts(x, ids, weight, stacked, spec.activation)
 
 
 def test_clamped_swiglu_is_what_gpt_oss_computes(tmp_path: Path) -> None:
@@ -115,14 +115,18 @@ def matrix_parameters(spec: ModelSpec) -> int:
         attention = q + kv + a.heads * a.v_head_dim * hidden
     else:
         attention = 2 * hidden * a.heads * a.head_dim + hidden * a.kv_elements
+    matrices = 3 if spec.activation.gated else 2
     shared = spec.shared_experts.count * spec.shared_experts.intermediate_size
-    moe = 3 * hidden * (experts * spec.intermediate_size + shared) + experts * hidden
+    moe = matrices * hidden * (experts * spec.intermediate_size + shared) + experts * hidden
     moe += hidden if spec.shared_experts.gated else 0
     if spec.expert_bias:
         moe += experts * (2 * spec.intermediate_size + hidden)
-    dense = 3 * hidden * (spec.dense_intermediate_size or 0)
+    dense = matrices * hidden * (spec.dense_intermediate_size or 0)
     embeddings = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
-    return embeddings + spec.layers * attention + len(spec.moe_layers) * moe + len(spec.dense_layers) * dense
+    mamba = len(spec.mamba.layers) * spec.mamba.parameters if spec.mamba else 0
+    attentions = spec.layers if a.layers is None else len(a.layers)
+    feed_forwards = len(spec.moe_layers) * moe + len(spec.dense_layers) * dense
+    return embeddings + attentions * attention + mamba + feed_forwards
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,9 +134,10 @@ def test_layers_and_parameters_are_those_of_the_real_model(case: str, tmp_path: 
     spec = CASES[case].spec(tmp_path)
     with torch.device("meta"):
         model = CASES[case].model()
-    moe = tuple(i for i, layer in enumerate(model.model.layers) if hasattr(feed_forward(layer), "experts"))
-    assert spec.moe_layers == moe
-    assert sorted(spec.moe_layers + spec.dense_layers) == list(range(spec.layers))
+    blocks = dict(enumerate(map(feed_forward, model.model.layers)))
+    assert len(blocks) == spec.layers
+    assert spec.moe_layers == tuple(i for i, block in blocks.items() if hasattr(block, "experts"))
+    assert spec.dense_layers == tuple(i for i, block in blocks.items() if hasattr(block, "down_proj"))
     matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and "correction_bias" not in name]
     assert matrix_parameters(spec) == sum(p.numel() for p in matrices)
 
