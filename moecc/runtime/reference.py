@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from moecc.codegen.config import LayerShape
 from moecc.ir.semantics import Activation, Router
+
+
+EDGE = 1e-4  # of sparsemixer's jitter: rounded logits may lie on the other side of it
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,15 @@ def routing_weights(router: Router, selection: Selection, ids: Tensor) -> Tensor
     if router.normalize:
         chosen = chosen / (chosen.sum(-1, keepdim=True) + router.norm_eps).clamp(min=router.norm_min)
     return chosen * router.scale
+
+
+def nearest_weights(router: Router, selection: Selection, ids: Tensor, found: Tensor) -> Tensor:
+    """`routing_weights`, where a logit on the edge of what sparsemixer finds near counts or not as in `found`."""
+    exact = routing_weights(router, selection, ids)
+    for factor in (1 - EDGE, 1 + EDGE) if router.jitter else ():
+        other = routing_weights(replace(router, jitter=router.jitter * factor), selection, ids)
+        exact = torch.where((other - found).abs() < (exact - found).abs(), other, exact)
+    return exact
 
 
 def _mixer_weights(jitter: float, logits: Tensor, ids: Tensor) -> Tensor:

@@ -275,7 +275,10 @@ def _checked(result: RunResult, layer: Layer, x: Tensor, done: Done) -> RunResul
     if selection_error > SELECTION_TOLERANCE:
         return replace(result, relative_error=math.inf, max_abs_error=math.inf)
     exact = done.topk_weights.double()
-    exact[:, : shape.top_k] = reference.routing_weights(shape.router, selection, done.ids[:, : shape.top_k])
+    routed = exact[:, : shape.top_k]
+    exact[:, : shape.top_k] = reference.nearest_weights(
+        shape.router, selection, done.ids[:, : shape.top_k], routed
+    )
     weight_error = float((exact - done.topk_weights).abs().max())
     expected = reference.experts(x, done.ids, exact, weights, shape.activation)
     if layer.shared is not None:
