@@ -12,7 +12,6 @@ from torch.nn import functional
 from moecc.codegen.config import LayerShape
 from moecc.ir.semantics import Activation, Router
 
-
 EDGE = 1e-4  # of sparsemixer's jitter: rounded logits may lie on the other side of it
 
 

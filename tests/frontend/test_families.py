@@ -154,6 +154,15 @@ PUBLISHED = {
     "kimi-k2": 1040,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,
+    "qwen1.5-moe-a2.7b": 14.3,
+    "qwen2-57b-a14b": 57.4,
+    "deepseek-v2": 236,
+    "deepseek-v2-lite": 15.7,
+    "glm-4.5": 355,
+    "glm-4.5-air": 106,
+    "phi-3.5-moe": 41.9,
+    "minimax-m2": 230,
+    "jamba-v0.1": 51.6,
 }
 
 
