@@ -15,9 +15,8 @@ from moecc.ir.types import DTYPE_BYTES, RoutingType, TokensType, WeightsType
 from moecc.passes.lower import FUSED_COMBINE_TOKENS, ONE_LAUNCH_TOKENS
 
 Phase = Literal["decode", "prefill"]
-ATTENTION_LAUNCHES = (
-    6  # norm, qkv, rope, attention, output projection, residual and norm; a scan takes about as many
-)
+# Norm, qkv, rope, attention, output projection, residual and norm; a state-space mixer takes about as many.
+ATTENTION_LAUNCHES = 6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,10 +104,12 @@ def require_text(fields: Fields, key: str, known: str) -> None:
         raise fields.error(key, f"'{fields.text(key, known)}' is not supported", hint)
 
 
-def refuse_bias(fields: Fields, key: str, where: str) -> None:
-    """Errors: InputError where `key` adds biases that the expert kernels of shared experts do not have."""
+def refuse_shared_bias(fields: Fields, key: str) -> None:
+    """Errors: InputError where `key` gives shared experts biases, for which the IR has no place."""
     if fields.boolean(key, False):
-        raise fields.error(key, f"adds biases to {where}, which are not supported", "false is supported")
+        raise fields.error(
+            key, "adds biases to shared experts, which are not supported", "false is supported"
+        )
 
 
 def prediction_notes(fields: Fields, key: str) -> list[str]:

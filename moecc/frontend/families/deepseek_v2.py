@@ -27,7 +27,7 @@ def read(document: JsonObject, name: str) -> ModelSpec:
     fields = Fields(document, KEYS)
     fields.require(*REQUIRED)
     base.require_text(fields, "scoring_func", "softmax")
-    base.refuse_bias(fields, "mlp_bias", "shared experts")
+    base.refuse_shared_bias(fields, "mlp_bias")
     return base.build(
         fields,
         name=name,

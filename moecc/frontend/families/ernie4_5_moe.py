@@ -23,7 +23,7 @@ def read(document: JsonObject, name: str) -> ModelSpec:
     """ModelSpec of a config.json with model_type ernie4_5_moe (transformers Ernie4_5_MoeTopKRouter)."""
     fields = Fields(document, KEYS)
     fields.require(*REQUIRED)
-    base.refuse_bias(fields, "use_bias", "shared experts")
+    base.refuse_shared_bias(fields, "use_bias")
     dense = _dense_layers(fields)
     if dense:
         fields.require("dense_intermediate_size")

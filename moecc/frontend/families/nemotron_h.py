@@ -38,7 +38,7 @@ def read(document: JsonObject, name: str) -> ModelSpec:
     """ModelSpec of a config.json with model_type nemotron_h (transformers NemotronHMoE, NemotronHBlock)."""
     fields = Fields(document, KEYS)
     fields.require(*REQUIRED)
-    base.refuse_bias(fields, "mlp_bias", "shared experts")
+    base.refuse_shared_bias(fields, "mlp_bias")
     if fields.get("moe_latent_size") is not None:
         what = "puts experts between two projections of their own, which is not supported"
         raise fields.error("moe_latent_size", what, "null is supported")
