@@ -184,6 +184,7 @@ CASES: dict[str, Case] = {
             "topk_group": 2,
             "norm_topk_prob": False,
             "mlp_hidden_act": "silu",
+            "moe_shared_expert_intermediate_size": 72,
         },
     ),
 }

@@ -186,6 +186,16 @@ def test_a_window_holds_for_the_layers_that_have_one(tmp_path: Path) -> None:
     assert (everywhere.sliding_window, everywhere.window_layers) == (7, (0, 1, 2, 3))
 
 
+def test_a_shared_expert_of_several_widths_is_several_experts(tmp_path: Path) -> None:
+    """Those can share the kernels of the routed ones; one behind a gate cannot."""
+    wide = CASES["nemotron-h-groups"].spec(tmp_path / "wide").shared_experts
+    assert (wide.count, wide.intermediate_size) == (3, 24)
+    odd = CASES["nemotron-h"].spec(tmp_path / "odd").shared_experts
+    assert (odd.count, odd.intermediate_size) == (1, 56)
+    gated = load_preset("qwen1.5-moe-a2.7b").shared_experts
+    assert (gated.count, gated.intermediate_size, gated.gated) == (1, 5632, True)
+
+
 def test_mla_caches_one_latent_and_one_rotary_key() -> None:
     attention = load_preset("deepseek-v3").attention
     assert attention is not None

@@ -58,9 +58,7 @@ def read(document: JsonObject, name: str) -> ModelSpec:
         activation=_activation(fields),
         attention=base.gqa_attention(fields, layers=at["attention"]),
         mamba=_mamba(fields, at["mamba"]),
-        shared_experts=SharedExperts(
-            count=1, intermediate_size=fields.integer("shared_experts.intermediate_size")
-        ),
+        shared_experts=_shared_experts(fields),
         notes=base.prediction_notes(fields, "num_nextn_predict_layers"),
     )
 
@@ -88,6 +86,13 @@ def _activation(fields: Fields) -> Activation:
     if act not in WITHOUT_GATE:
         raise fields.error("activation", f"'{act}' is not supported", f"{', '.join(WITHOUT_GATE)} are")
     return Activation(kind=cast(ActivationKind, act))
+
+
+def _shared_experts(fields: Fields) -> SharedExperts:
+    """One MLP; where it is n times as wide as an expert it is n experts, which can share the kernels of the others."""
+    width, expert = fields.integer("shared_experts.intermediate_size"), fields.integer("intermediate_size")
+    count = width // expert if width % expert == 0 else 1
+    return SharedExperts(count=count, intermediate_size=width // count)
 
 
 def _mamba(fields: Fields, layers: list[int]) -> Mamba | None:
