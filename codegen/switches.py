@@ -32,7 +32,13 @@ def freeze_layer(shape: LayerShape) -> Layer:
             "SCALE": router.scale,
             "HAS_ROUTER_BIAS": shape.has_router_bias,
         },
-        activation={"ACTIVATION": activation.kind, "ALPHA": activation.alpha, "LIMIT": activation.limit},
+        activation={
+            "ACTIVATION": activation.function,
+            "GATED": activation.gated,
+            "ALPHA": activation.alpha,
+            "LIMIT": activation.limit,
+        },
+        layout={"TRANSPOSED": shape.transposed, "INTERLEAVED": shape.interleaved},
     )
 
 
