@@ -150,25 +150,26 @@ def _launcher(
     gate_up: the shape of that weight. Raises InputError for a type or an activation that the kernels do not know.
     """
     stand_in: Any = TorchLauncher(activation, alpha, limit, transposed, interleaved)
-    if transposed or interleaved or activation not in get_args(ActivationKind):
-        return stand_in
     if activation not in get_args(ActivationKind):
         hint = f"known activations: {', '.join(get_args(ActivationKind))}"
         raise InputError(f"unknown activation {activation!r}", where="moecc::experts", hint=hint)
     if (name := str(dtype).removeprefix("torch.")) not in DTYPE_BYTES:
         hint = f"known types: {', '.join(DTYPE_BYTES)}"
         raise InputError(f"x is {name}", where="moecc::experts", hint=hint)
-    experts, outputs, hidden = (gate_up[0], gate_up[2], gate_up[1]) if transposed else gate_up
+    experts, columns, hidden = (gate_up[0], gate_up[2], gate_up[1]) if transposed else gate_up
+    function = Activation(kind=activation, alpha=alpha, limit=limit)
     shape = LayerShape(
         tokens=tokens,
         hidden=hidden,
-        intermediate=outputs // 2 if activation.endswith("glu") else outputs,
+        intermediate=function.intermediate_of(columns) or columns,
         experts=max(experts, top_k),
         slots=experts,
         top_k=top_k,
         dtype=name,
-        activation=Activation(kind=activation, alpha=alpha, limit=limit),
+        activation=function,
         has_expert_bias=has_bias,
+        transposed=transposed,
+        interleaved=interleaved,
     )
     configs = {}
     for target in TARGETS:
