@@ -60,7 +60,7 @@ def _recognise(
                 found = experts_class._apply_gate(module, torch.cat((gate, up), 1))
             else:
                 found = experts_class._apply_gate(module, torch.stack((gate, up), 2).flatten(1))
-        except AttributeError:  # it asks the module for more than is known of it
+        except (AttributeError, RuntimeError):  # it asks for more than is known of the module
             return ()
         for candidate in _candidates(has_gate, clamps):
             if torch.allclose(found.double(), activate(candidate, gate, up), rtol=1e-5, atol=1e-5):
