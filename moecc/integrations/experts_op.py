@@ -15,6 +15,7 @@ activation, [T * k, 2I]; with `recompute` the inputs alone: the backward then re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,12 +35,8 @@ _TENSORS = (
     "Tensor? down_bias"
 )
 _SWITCHES = "str activation, float alpha, float limit, bool transposed, bool interleaved"
-_SCHEMAS = (
-    f"experts({_TENSORS}, {_SWITCHES}, bool recompute=False) -> Tensor",
-    f"experts_saving({_TENSORS}, {_SWITCHES}, bool recompute=False) -> (Tensor out, Tensor pre)",
-    f"experts_backward(Tensor grad_out, {_TENSORS}, Tensor? pre, {_SWITCHES}, str[] wanted) -> Tensor[]",
-)
-_LIBRARY = torch.library.Library("moecc", "DEF")
+_library: Any = torch.library.Library  # untyped
+LIBRARY = _library("moecc", "DEF")
 
 
 class _Call(NamedTuple):
@@ -109,22 +106,22 @@ def _fake_experts_saving(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _fake_experts(call.x), call.x.new_empty((rows, call.gate_up.shape[2 if call.transposed else 1]))
 
 
-def _fake_experts_backward(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
-    named = dict(zip(NAMES, arguments, strict=False))
+def fake_gradients(names: tuple[str, ...], _: Tensor, *arguments: Any) -> list[Tensor]:
+    """Of the tensors `names` that follow a gradient; the last argument tells which are wanted."""
+    named = dict(zip(names, arguments, strict=False))
     return [torch.empty_like(named[name], memory_format=torch.contiguous_format) for name in arguments[-1]]
 
 
 def _autograd(keyset: Any, *arguments: Any) -> Tensor:
     """Where a gradient is wanted the op is `experts_saving`, which has one."""
-    if torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in arguments[: len(NAMES)] if tensor is not None
-    ):
-        out: Tensor = torch.ops.moecc.experts_saving(*arguments)[0]
-        return out
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecc.experts.default.redispatch(
-            keyset & torch._C._after_autograd_keyset, *arguments
-        )
+    out: Tensor
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        out, _ = torch.ops.moecc.experts_saving.default(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            below = keyset & torch._C._after_autograd_keyset
+            out = torch.ops.moecc.experts.default.redispatch(below, *arguments)
+    return out
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -142,7 +139,8 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | No
     return (*map(found.get, NAMES), *[None] * (len(needed) - len(NAMES)))
 
 
-def _no_second_derivatives(ctx: Any, *_: Any) -> None:
+def no_second_derivatives(ctx: Any, *_: Any) -> None:
+    """The backward of a backward."""
     raise MoeccError(
         "second derivatives are not known",
         where="moecc::experts",
@@ -162,23 +160,27 @@ def _autocast(device: str, *arguments: Any) -> Tensor:
     return out
 
 
-def _register() -> None:
-    for schema in _SCHEMAS:
-        _LIBRARY.define(schema)
-    kernels = {"experts": _experts, "experts_saving": _experts_saving, "experts_backward": _experts_backward}
-    fakes = {
-        "experts": _fake_experts,
-        "experts_saving": _fake_experts_saving,
-        "experts_backward": _fake_experts_backward,
-    }
-    for name, kernel in kernels.items():
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"moecc::{name}", fakes[name], lib=_LIBRARY)
-    _LIBRARY.impl("experts", _autograd, "Autograd", with_keyset=True)
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl("experts", partial(_autocast, device.lower()), f"Autocast{device}")
-    torch.library.register_autograd("moecc::experts_saving", _backward, setup_context=_keep, lib=_LIBRARY)
-    torch.library.register_autograd("moecc::experts_backward", _no_second_derivatives, lib=_LIBRARY)
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """An op of the library with its implementation for all devices and for tensors without data."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moecc::{name}", fake, lib=LIBRARY)
 
 
-_register()
+define(f"experts({_TENSORS}, {_SWITCHES}, bool recompute=False) -> Tensor", _experts, _fake_experts)
+define(
+    f"experts_saving({_TENSORS}, {_SWITCHES}, bool recompute=False) -> (Tensor out, Tensor pre)",
+    _experts_saving,
+    _fake_experts_saving,
+)
+define(
+    f"experts_backward(Tensor grad_out, {_TENSORS}, Tensor? pre, {_SWITCHES}, str[] wanted) -> Tensor[]",
+    _experts_backward,
+    partial(fake_gradients, NAMES),
+)
+LIBRARY.impl("experts", _autograd, "Autograd", with_keyset=True)
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("experts", partial(_autocast, _device.lower()), f"Autocast{_device}")
+torch.library.register_autograd("moecc::experts_saving", _backward, setup_context=_keep, lib=LIBRARY)
+torch.library.register_autograd("moecc::experts_backward", no_second_derivatives, lib=LIBRARY)

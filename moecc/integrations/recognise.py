@@ -36,9 +36,12 @@ def activation_of(module: Any) -> Found | None:
     return found or None
 
 
-@torch.compiler.assume_constant_result
 def _constant(*key: Any) -> Found | tuple[()]:
     return _recognise(*key)
+
+
+_assume_constant: Any = torch.compiler.assume_constant_result  # untyped
+_assume_constant(_constant)
 
 
 @cache

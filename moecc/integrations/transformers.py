@@ -21,7 +21,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from moecc.errors import InputError
-from moecc.integrations import experts_op  # noqa: F401 - registers the op
+from moecc.integrations import experts_op, experts_pieces  # noqa: F401 - registers the ops
 from moecc.integrations.recognise import activation_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,9 +52,7 @@ def _forward(
     """Dynamo traces this: what it decides by is constant for a module, and the op is one node."""
     gate_up = module.gate_up_proj if module.has_gate else module.up_proj
     down = module.down_proj
-    activation = activation_of(module)
-    if activation is None or (reason := _why_left(module, gate_up, down)):
-        reason = reason if activation else "their activation is none of the kernels'"
+    if reason := _why_left(module, gate_up, down, ids.shape[1]):
         _say_once(f"{type(module).__name__}: {reason}; grouped_mm computes instead")
         left: Tensor = grouped_mm_experts_forward(module, hidden_states, ids, topk_weights)
         return left
@@ -62,8 +60,14 @@ def _forward(
     if module.has_bias:
         gate_up_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
         down_bias = module.down_proj_bias
-    out: Tensor = torch.ops.moecc.experts(
-        hidden_states.to(gate_up.dtype),
+    x = hidden_states.to(gate_up.dtype)
+    activation = activation_of(module)
+    out: Tensor
+    if activation is None or module.has_post_expert_norm:
+        out = _apart(module, x, ids, topk_weights, (gate_up, gate_up_bias), (down, down_bias))
+        return out.to(hidden_states.dtype)
+    out = torch.ops.moecc.experts(
+        x,
         ids,
         topk_weights,
         gate_up,
@@ -78,10 +82,45 @@ def _forward(
     return out.to(hidden_states.dtype)
 
 
-def _why_left(module: Any, gate_up: Tensor, down: Tensor) -> str | None:
-    """Why the kernels cannot compute these experts, whatever their activation; None if they can."""
-    if module.has_post_expert_norm:
-        return "a norm follows every expert"
+def _apart(
+    module: Any,
+    x: Tensor,
+    ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    """Experts whose activation is the module's own, or that a norm follows: that is torch's, the GEMMs are ours.
+
+    gate_up and down: weights and bias.
+    """
+    pre = torch.ops.moecc.project(x, ids, *gate_up, module.is_transposed)
+    if module._is_expert_parallel:  # rows of other devices' experts hold anything, come last, and get zero
+        held = ((ids >= 0) & (ids < module.num_experts)).sum()
+        is_foreign = torch.arange(len(pre), device=pre.device)[:, None] >= held
+        pre = pre.masked_fill(is_foreign, 0)
+    h = module._apply_gate(pre) if module.has_gate else module.act_fn(pre)
+    h = h.to(x.dtype)
+    if module._is_expert_parallel:
+        h = h.masked_fill(is_foreign, 0)
+    out: Tensor
+    if not module.has_post_expert_norm:
+        out = torch.ops.moecc.combine(h, ids, topk_weights, *down, module.is_transposed)
+        return out
+    # Every assignment as a token of its own has the same rows.
+    slots = ids.reshape(-1, 1)
+    rows = torch.ops.moecc.combine(
+        h, slots, torch.ones_like(slots, dtype=x.dtype), *down, module.is_transposed
+    )
+    weights = topk_weights.masked_fill(ids >= module.num_experts, 0)
+    out = (module.post_expert_norm(rows).view(*ids.shape, -1) * weights[..., None]).sum(dim=1)
+    return out
+
+
+def _why_left(module: Any, gate_up: Tensor, down: Tensor, top_k: int) -> str | None:
+    """Why the kernels cannot compute these experts; None if they can."""
+    if module.has_post_expert_norm and top_k > module.num_experts:
+        return "a norm follows every expert, and here are fewer experts than a token chooses"
     if gate_up.dtype != down.dtype:
         return f"the first weights are {gate_up.dtype} and down_proj is {down.dtype}"
     if gate_up.dtype not in DTYPES:
@@ -89,10 +128,13 @@ def _why_left(module: Any, gate_up: Tensor, down: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _say_once(reason: str) -> bool:
-    """Always true; while dynamo traces it says so too."""
+    """Always true: to dynamo, which calls this while it traces, a constant."""
     return _warn(reason)
+
+
+_assume_constant: Any = torch.compiler.assume_constant_result  # untyped
+_assume_constant(_say_once)
 
 
 @cache
