@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.activations import ACT2CLS
+from transformers.integrations.moe import _default_apply_gate
 
 from moecc.ir.semantics import Activation, ActivationKind
 from moecc.runtime.reference import activate
@@ -28,11 +29,13 @@ def activation_of(module: Any) -> Found | None:
     Dynamo traces this and keeps the answer as a constant. It rests on classes and numbers, not on the module, so that
     one graph serves all layers. What a class that is not transformers' own computes is not known.
     """
-    act_class = type(getattr(module, "act_fn", None))
-    clamps = [
-        (getattr(module, alpha, None), getattr(module, limit, None)) for alpha, limit in CLAMP_ATTRIBUTES
-    ]
-    found = _constant(type(module), act_class, module.has_gate, module.is_concatenated, *clamps)
+    experts_class, act_class = type(module), type(getattr(module, "act_fn", None))
+    clamps: list[tuple[Any, Any]] = []
+    if module.has_gate and experts_class._apply_gate is not _default_apply_gate:
+        clamps = [
+            (getattr(module, alpha, None), getattr(module, limit, None)) for alpha, limit in CLAMP_ATTRIBUTES
+        ]
+    found = _constant(experts_class, act_class, module.has_gate, module.is_concatenated, *clamps)
     return found or None
 
 
@@ -50,7 +53,7 @@ def _recognise(
 ) -> Found | tuple[()]:
     """The activation that agrees with such a module's own on a table of numbers; () where none does."""
     module = SimpleNamespace()
-    for names, values in zip(CLAMP_ATTRIBUTES, clamps, strict=True):
+    for names, values in zip(CLAMP_ATTRIBUTES, clamps, strict=False):
         module.__dict__.update((n, v) for n, v in zip(names, values, strict=True) if v is not None)
     with _disable_current_modes(), torch.no_grad():
         if act_class in ACT_CLASSES:

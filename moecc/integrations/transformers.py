@@ -66,7 +66,7 @@ def _forward(
     if activation is None or module.has_post_expert_norm:
         out = _apart(module, x, ids, topk_weights, (gate_up, gate_up_bias), (down, down_bias))
         return out.to(hidden_states.dtype)
-    out = torch.ops.moecc.experts(
+    out = torch.ops.moecc.experts.default(
         x,
         ids,
         topk_weights,
