@@ -13,6 +13,7 @@ from moecc.codegen.frozen import Constants
 from moecc.codegen.kernels.down import down_kernel
 from moecc.codegen.kernels.grad_pre import grad_pre_kernel
 from moecc.codegen.kernels.grad_weights import grad_bias_kernel, grad_weights_kernel
+from moecc.codegen.large_memory import empty_like_weights
 from moecc.codegen.launcher import Launcher, Plan, Weights, backend_of, combine_slots, expect, expert_count
 
 Tensor = torch.Tensor
@@ -202,7 +203,7 @@ class TrainingLauncher(Launcher):
         self, by_row: Tensor, by_token: Tensor, weights: Tensor, plan: Plan, constants: Constants
     ) -> Tensor:
         """The gradient of `weights` [experts, ...]: each expert's rows times their tokens' values."""
-        gradient = weights.new_empty(weights.shape)
+        gradient = empty_like_weights(weights)
         factors = (by_token, by_row) if constants["LEFT_BY_TOKEN"] else (by_row, by_token)
         blocks = triton.cdiv(constants["M"], constants["BLOCK_M"]) * triton.cdiv(
             constants["N"], constants["BLOCK_N"]

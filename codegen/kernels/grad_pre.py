@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from moecc.codegen.kernels.activation import clamp_gate, squash
-from moecc.codegen.kernels.common import accumulate_dot, load_inside, locate_tile, narrow, widen
+from moecc.codegen.kernels.common import accumulate_dot, load_inside, locate_tile, narrow, widen, wrap
 
 
 @triton.jit
@@ -117,7 +117,9 @@ def grad_pre_kernel(
     if KEEP_GRAD_PRE or KEEP_GRAD_WEIGHTS:
         grad_ptrs = rows_ptr[:, None] + k[None, :]
         weights_ptr = down_ptr + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE)
-        down_ptrs = weights_ptr + (n % INTERMEDIATE)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
+        down_ptrs = (
+            weights_ptr + wrap(n, INTERMEDIATE, BLOCK_N)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
+        )
         for start in range(0, HIDDEN, BLOCK_K):
             inside = k < HIDDEN - start
             grad = load_inside(grad_ptrs, inside[None, :], HIDDEN % BLOCK_K == 0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moecc.codegen.kernels.common import accumulate_dot, locate_tile, narrow, widen
+from moecc.codegen.kernels.common import accumulate_dot, locate_tile, narrow, widen, wrap
 
 
 @triton.jit
@@ -46,8 +46,10 @@ def grad_weights_kernel(
         left_at = (token if LEFT_BY_TOKEN else row).to(tl.int64) * M
         right_at = (row if LEFT_BY_TOKEN else token).to(tl.int64) * N
         # Rows past the end are zero on both sides: what lies there may be NaN.
-        left = tl.load(left_ptr + left_at[None, :] + (m % M)[:, None], is_row[None, :], other=0.0)
-        right = tl.load(right_ptr + right_at[:, None] + (n % N)[None, :], is_row[:, None], other=0.0)
+        left = tl.load(left_ptr + left_at[None, :] + wrap(m, M, BLOCK_M)[:, None], is_row[None, :], other=0.0)
+        right = tl.load(
+            right_ptr + right_at[:, None] + wrap(n, N, BLOCK_N)[None, :], is_row[:, None], other=0.0
+        )
         total = accumulate_dot(left, right, total, BACKEND)
 
     grad_ptrs = grad_ptr + expert.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]

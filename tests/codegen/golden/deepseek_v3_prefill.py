@@ -190,6 +190,18 @@ def narrow(values, dtype: tl.constexpr, BACKEND: tl.constexpr):
 
 
 @triton.jit
+def wrap(at, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Positions inside [0, SIZE) in place of those past it; where blocks divide SIZE there are none.
+
+    Then the positions stay contiguous for the compiler, which cannot see through a remainder.
+    """
+    if SIZE % BLOCK == 0:
+        return at
+    else:
+        return at % SIZE
+
+
+@triton.jit
 def load_inside(ptrs, inside, WHOLE: tl.constexpr):
     """What ptrs hold, zero where it is not inside; a WHOLE block needs no mask."""
     if WHOLE:
@@ -905,7 +917,9 @@ def gate_up_kernel(
     token = tl.load(sorted_slots_ptr + row, is_row, other=0) // TOP_K
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
     weights_ptr = gate_up_ptr + expert.to(tl.int64) * (COLUMNS * HIDDEN)
-    gate_ptrs = weights_ptr + (n % INTERMEDIATE)[None, :] * (STEP * COLUMN_STRIDE) + k[:, None] * K_STRIDE
+    gate_ptrs = (
+        weights_ptr + wrap(n, INTERMEDIATE, BLOCK_N)[None, :] * (STEP * COLUMN_STRIDE) + k[:, None] * K_STRIDE
+    )
     up_ptrs = gate_ptrs + UP * COLUMN_STRIDE
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -1062,7 +1076,7 @@ def down_kernel(
 
     h_ptrs = h_ptr + tl.where(is_row, row, 0).to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
     weights_ptr = down_ptr + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE)
-    down_ptrs = weights_ptr + (n % HIDDEN)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
+    down_ptrs = weights_ptr + wrap(n, HIDDEN, BLOCK_N)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, INTERMEDIATE, BLOCK_K):
         inside = k < INTERMEDIATE - start
