@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +16,10 @@ pytest.importorskip("moecc.codegen.x86")
 if torch.cuda.is_available():
     pytest.skip("these run on the CPU, where Triton would be the GPU's", allow_module_level=True)
 
-from tiny_models import EXPERTS, FAMILIES, VOCABULARY, experts_of, relative, tiny, tokens_of  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
+from tiny_models import FAMILIES, VOCABULARY, relative, tiny, tokens_of
+from torch._dynamo.utils import counters
 
-from moecc.integrations import transformers as moecc_transformers  # noqa: E402
+from moecc.integrations import transformers as moecc_transformers
 
 LENGTHS = (9, 12, 17)
 
