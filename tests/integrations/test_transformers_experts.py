@@ -289,7 +289,7 @@ def test_training_follows_eager(implementation: str) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[name].append(float(loss))
+            losses[name].append(loss.item())
     assert losses["eager"][-1] < losses["eager"][0] - 0.5
     assert losses[implementation] == pytest.approx(losses["eager"], rel=1e-4)
 
