@@ -29,7 +29,7 @@ def training_configs(shape: LayerShape, target: str) -> KernelConfigs:
     """`default_configs` with `backward`, always valid.
 
     1. grad_pre and grad_x walk the forward pass's tiles; grad_pre holds gate, up and sums at once, and takes half the
-       columns of a plain GEMM.
+       columns of a plain GEMM, with 128 rows a quarter: with half of them it spilled on sm_90.
     2. Gradients of weights are as large as the weights: tiles as large as accumulators fit in registers. A step takes
        the rows that an expert expects, up to 64 on a GPU: more would be padding.
     3. What does not fit the target shrinks as in `default_configs`.
@@ -43,7 +43,9 @@ def training_configs(shape: LayerShape, target: str) -> KernelConfigs:
         backward = _interpreter_configs(shape, block_m)
     else:
         backward = BackwardConfigs(
-            grad_pre=gemm_config(shape, limits, block_m, (shape.intermediate, shape.hidden), dots=2),
+            grad_pre=gemm_config(
+                shape, limits, block_m, (shape.intermediate, shape.hidden), dots=4 if block_m == 128 else 2
+            ),
             grad_x=gemm_config(shape, limits, block_m, (shape.hidden, shape.gate_up_columns)),
             grad_gate_up=_weights_config(shape),
             grad_down=_weights_config(shape),

@@ -71,8 +71,9 @@ def compile_job(job: Job) -> list[CompiledKernel]:
 
     def constants(name: str) -> Constants:
         if name.startswith("grad_"):
-            given = {"slots": layer.slots, "experts": shape.held_experts, "backend": target.backend}
-            return backward_constants(layer, config, **given)[name]
+            return backward_constants(
+                layer, config, slots=layer.slots, experts=shape.held_experts, backend=target.backend
+            )[name]
         tables = kernel_constants(
             layer,
             config,

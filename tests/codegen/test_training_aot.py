@@ -9,7 +9,7 @@ import pytest
 
 from moecc.autotune.training_defaults import training_configs
 from moecc.codegen.aot import Job, compile_batch
-from moecc.codegen.config import GemmConfig, LayerShape, gemm_shared_bytes
+from moecc.codegen.config import DTYPE_BYTES, GemmConfig, LayerShape, gemm_shared_bytes
 from moecc.codegen.targets import COMPILED_TARGETS, TARGETS
 from moecc.ir.semantics import Activation
 
@@ -62,4 +62,6 @@ def test_defaults_do_not_spill_and_fit(model, target, tokens):
             assert isinstance(config, GemmConfig)
             assert resources.matrix_instruction
             predicted = gemm_shared_bytes(config, weights=1, dtype=shape.dtype, target=limits)
-            assert resources.shared_bytes <= predicted, kernel.name
+            # The gradient of weights passes through shared memory on its way out.
+            stored = config.block_m * config.block_n * DTYPE_BYTES[shape.dtype]
+            assert resources.shared_bytes <= max(predicted, stored), kernel.name
