@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ pytest.importorskip("moecc.codegen.x86")
 if torch.cuda.is_available():
     pytest.skip("these run on the CPU, where Triton would be the GPU's", allow_module_level=True)
 
-from tiny_models import FAMILIES, VOCABULARY, relative, tiny, tokens_of
+from tiny_models import EXPERTS, FAMILIES, HIDDEN, VOCABULARY, relative, tiny, tokens_of
 from torch._dynamo.utils import counters
 
 from moecc.integrations import transformers as moecc_transformers
@@ -131,3 +135,54 @@ def test_export_keeps_the_experts_as_one_op(case: Case) -> None:
     layers = sum(hasattr(module, "_is_expert_parallel") for module in case.model.modules())
     ops = [node for node in exported.graph.nodes if node.target is torch.ops.moecc.experts.default]
     assert len(ops) == layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"], indirect=True)
+def test_inductor_compiles_the_graph_whole(case: Case) -> None:
+    compiled_whole(case, dynamic=True, backend="inductor")
+
+
+def test_layers_compiled_apart_share_one_graph() -> None:
+    counters.clear()
+    torch._dynamo.reset()
+    model = tiny("gpt_oss")
+    model.set_experts_implementation("moecc")
+    x, ids, weights = torch.randn(5, HIDDEN), torch.randint(0, EXPERTS, (5, 1)), torch.rand(5, 1)
+    layers = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+    for layer in layers:
+        expected = layer(x, ids, weights)
+        layer.compile(backend="aot_eager", fullgraph=True)
+        assert relative(layer(x, ids, weights), expected) < 1e-6
+    assert len(layers) == 2
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+PROCESS = """
+import sys
+import torch
+from torch._dynamo.utils import counters
+sys.path.append(sys.argv[1])
+from tiny_models import EXPERTS, FAMILIES, HIDDEN, VOCABULARY, relative, tiny, tokens_of
+import moecc.integrations.transformers
+model = tiny("qwen3_moe")
+model.set_experts_implementation("moecc")
+torch.manual_seed(0)
+logits = torch.compile(model, fullgraph=True)(tokens_of(2, 9), use_cache=False).logits
+logits.sum().backward()
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"], logits.sum().item())
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_what_inductor_compiled(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent)]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    )
+    assert first[0] == "0"
+    assert int(first[1]) >= 2  # forward and backward
+    assert second[1:] == ["0", first[2]]
+    assert int(second[0]) >= 2
