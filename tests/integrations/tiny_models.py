@@ -102,4 +102,5 @@ def tokens_of(*shape: int) -> torch.Tensor:
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference over that of what is expected."""
+    found, expected = found.detach(), expected.detach()
     return float((found.double() - expected.double()).norm() / expected.double().norm())
