@@ -100,17 +100,20 @@ def compiled_whole(case: Case, *, dynamic: bool, backend: str = "aot_eager") -> 
     counters.clear()
     case.model.set_experts_implementation("moecc")
     compiled = torch.compile(case.model, backend=backend, fullgraph=True)
+    first, *others = (batch.clone() for batch in case.batches)  # a mark stays on its tensor
     if dynamic:
-        torch._dynamo.mark_dynamic(case.batches[0], 1)
-    assert_as_eager(logits_and_gradients(compiled, case.model, case.batches[0], case.direction), case)
-    for batch in case.batches[1:] if dynamic else []:
+        torch._dynamo.mark_dynamic(first, 1)
+    assert_as_eager(logits_and_gradients(compiled, case.model, first, case.direction), case)
+    for batch in others if dynamic else []:
         found = compiled(batch, use_cache=False).logits
         case.model.set_experts_implementation("eager")
         with torch.no_grad():
             expected = case.model(batch, use_cache=False).logits
         case.model.set_experts_implementation("moecc")
         assert relative(found, expected) < 1e-5
-    assert counters["stats"]["unique_graphs"] == 1
+    # Jamba's own scan is unrolled over the length.
+    graphs = len(LENGTHS) if dynamic and case.model.config.model_type == "jamba" else 1
+    assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
 
 
