@@ -12,6 +12,8 @@ from moecc.codegen.config import LayerShape
 from moecc.errors import InputError
 
 MAX_FIELDS = 64
+MAY_BE_UNSTATED = ("cores", "hidden", "top_k")
+"""0 where a file of another tuner, which a record was imported from, does not say it."""
 _Identity = TypeVar("_Identity", "Environment", "Key")
 
 
@@ -132,7 +134,8 @@ def _check_fields(identity: Environment | Key) -> None:
     for item in fields(identity):
         value = getattr(identity, item.name)
         if item.type == "int":
-            right = type(value) is int and value > 0 and is_scalar(value)
+            least = 0 if item.name in MAY_BE_UNSTATED else 1
+            right = type(value) is int and value >= least and is_scalar(value)
         elif item.type == "str":
             right = isinstance(value, str) and value != "" and is_scalar(value)
         else:
