@@ -68,7 +68,7 @@ def rank(shape: FusedMoeShape, board: Board) -> list[FusedMoeConfig]:
 
     The tile decides most of the time, so the head of the list tries many of them.
     """
-    ranker, tiles = load_ranker(), fused_moe_tiles(shape, board)
+    ranker, tiles = load_ranker(), fused_moe_tiles(shape.precision, board)
     order = np.argsort(-ranker.tile_scores(tiles, shape, board), kind="stable")
     variants = [_variants(ranker, tiles[index], shape, board) for index in order]
     longest = max((len(configs) for configs in variants), default=0)
@@ -77,7 +77,7 @@ def rank(shape: FusedMoeShape, board: Board) -> list[FusedMoeConfig]:
 
 def _variants(ranker: Ranker, tile: Tile, shape: FusedMoeShape, board: Board) -> list[FusedMoeConfig]:
     features = head_features(tile, shape, board)
-    configs = tile_configs(tile, shape, board)
+    configs = tile_configs(tile, shape.precision, board)
     return sorted(configs, key=lambda config: (-ranker.config_score(config, features), config))
 
 

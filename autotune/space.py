@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 
 from moecc.autotune.boards import Board
-from moecc.autotune.fused_moe import FusedMoeConfig, FusedMoeShape, why_invalid
+from moecc.autotune.fused_moe import FusedMoeConfig, Precision, why_invalid
 from moecc.codegen import config as kernels
 from moecc.codegen.config import GemmConfig, KernelConfigs, LayerShape
 from moecc.codegen.targets import Target
@@ -22,7 +24,8 @@ _GPU_STAGES = (2, 3, 4, 5)
 _GROUPS = (1, 16, 32, 64)
 
 
-def fused_moe_tiles(shape: FusedMoeShape, board: Board) -> list[Tile]:
+@cache
+def fused_moe_tiles(precision: Precision, board: Board) -> tuple[Tile, ...]:
     """(BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K) that are valid with the fewest stages; at most 100.
 
     1. Rows: 16, the least that a matrix unit fills, to 256, the most whose accumulator registers hold.
@@ -30,16 +33,16 @@ def fused_moe_tiles(shape: FusedMoeShape, board: Board) -> list[Tile]:
     3. Reduced: 32, one load of a warp, to 256.
     """
     sizes = itertools.product(_powers(16, 256), _powers(16, 256), _powers(32, 256))
-    return [tile for tile in sizes if any(True for _ in tile_configs(tile, shape, board))]
+    return tuple(tile for tile in sizes if any(True for _ in tile_configs(tile, precision, board)))
 
 
-def fused_moe_space(shape: FusedMoeShape, board: Board) -> Iterator[FusedMoeConfig]:
+def fused_moe_space(precision: Precision, board: Board) -> Iterator[FusedMoeConfig]:
     """Every valid config of vLLM's kernel, tile by tile."""
-    for tile in fused_moe_tiles(shape, board):
-        yield from tile_configs(tile, shape, board)
+    for tile in fused_moe_tiles(precision, board):
+        yield from tile_configs(tile, precision, board)
 
 
-def tile_configs(tile: Tile, shape: FusedMoeShape, board: Board) -> Iterator[FusedMoeConfig]:
+def tile_configs(tile: Tile, precision: Precision, board: Board) -> Iterator[FusedMoeConfig]:
     """The valid configs of one tile.
 
     4. Warps: 4 and 8; AMD's are twice as wide and 2 of them are tried too.
@@ -56,7 +59,7 @@ def tile_configs(tile: Tile, shape: FusedMoeShape, board: Board) -> Iterator[Fus
             num_warps=num_warps,
             num_stages=num_stages,
         )
-        if why_invalid(config, shape.precision, board) is None:
+        if why_invalid(config, precision, board) is None:
             yield config
 
 
@@ -69,11 +72,8 @@ def kernel_space(base: KernelConfigs, shape: LayerShape, target: Target) -> Iter
     for block_m in _row_tiles(shape, target):
         for kernel in ("gate_up", "down"):
             for gemm in gemm_space(block_m, kernel, shape, target):
-                other = _with_rows(getattr(base, "down" if kernel == "gate_up" else "gate_up"), block_m)
-                gate_up, down = (gemm, other) if kernel == "gate_up" else (other, gemm)
-                configs = KernelConfigs(
-                    router=base.router, gate_up=gate_up, down=down, combine=base.combine
-                )
+                rows = {name: replace(getattr(base, name), block_m=block_m) for name in ("gate_up", "down")}
+                configs = replace(base, **{**rows, kernel: gemm})
                 if kernels.why_invalid(configs, shape, target) is None:
                     yield configs
 
@@ -124,12 +124,6 @@ def _row_tiles(shape: LayerShape, target: Target) -> list[int]:
     expected = _power_from(shape.rows_per_expert)
     low, high = min(max(expected // 4, least), most), min(max(expected * 4, least), most)
     return list(_powers(low, high))
-
-
-def _with_rows(config: GemmConfig, block_m: int) -> GemmConfig:
-    from dataclasses import replace
-
-    return replace(config, block_m=block_m)
 
 
 def _powers(low: int, high: int) -> tuple[int, ...]:

@@ -65,7 +65,7 @@ class Network(nn.Module):
 
 
 def choices(entries: list[Entry]) -> Choices:
-    spaces = [fused_moe_tiles(entry.shape, entry.board) for entry in entries]
+    spaces = [fused_moe_tiles(entry.shape.precision, entry.board) for entry in entries]
     most = max(map(len, spaces))
     contexts, tiles, valid, chosen = [], [], [], []
     for entry, space in zip(entries, spaces, strict=True):
