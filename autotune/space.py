@@ -69,12 +69,14 @@ def kernel_space(base: KernelConfigs, shape: LayerShape, target: Target) -> Iter
     gate_up and down share the row tile and are varied one after the other, not together: their times add, so the
     best of each is the best of both. First all of gate_up with down's columns as in `base`, then all of down.
     """
+    seen: set[KernelConfigs] = set()
     for block_m in _row_tiles(shape, target):
         for kernel in ("gate_up", "down"):
             for gemm in gemm_space(block_m, kernel, shape, target):
                 rows = {name: replace(getattr(base, name), block_m=block_m) for name in ("gate_up", "down")}
                 configs = replace(base, **{**rows, kernel: gemm})
-                if kernels.why_invalid(configs, shape, target) is None:
+                if configs not in seen and kernels.why_invalid(configs, shape, target) is None:
+                    seen.add(configs)
                     yield configs
 
 
@@ -119,10 +121,10 @@ def gemm_space(block_m: int, kernel: str, shape: LayerShape, target: Target) -> 
 
 
 def _row_tiles(shape: LayerShape, target: Target) -> list[int]:
-    """Around an expert's expected rows: a quarter (skew leaves most experts with less) to four times."""
+    """Around an expert's expected rows: a quarter (skew leaves most experts with less) to eight times."""
     least, most = (1, 128) if target.backend == "x86" else (16, 256)
     expected = _power_from(shape.rows_per_expert)
-    low, high = min(max(expected // 4, least), most), min(max(expected * 4, least), most)
+    low, high = min(max(expected // 4, least), most), min(max(expected * 8, least), most)
     return list(_powers(low, high))
 
 
