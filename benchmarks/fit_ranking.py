@@ -7,8 +7,9 @@ the n first tiles of the ranking; the list of configs that `moecc tune --rank-on
 each tile, so that its first n configs hold the same n tiles.
 
 shapes: five folds over (E, N); every entry of a shape, on all devices and in all precisions, is left out together.
-chips and shapes: of each chip (boards with equal architecture and core count are one: H100, H200 and H800) and each
-fold, by coefficients fitted without any entry of that chip and without any of those shapes.
+devices and shapes: of each device (boards of equal architecture, core count and bandwidth are one: H100 and H800)
+and each fold, by coefficients fitted without any entry of that device and without any of those shapes.
+chips and shapes: the same, where boards that differ in bandwidth only are one too (H100, H200 and H800).
 """
 
 from __future__ import annotations
@@ -127,16 +128,15 @@ def shapes_left_out(entries: list[Entry], data: Choices) -> Ints:
     return found
 
 
-def chips_and_shapes_left_out(entries: list[Entry], data: Choices) -> Ints:
+def groups_and_shapes_left_out(entries: list[Entry], data: Choices, groups: NDArray[np.str_]) -> Ints:
     fold, found = folds(entries), np.zeros(len(entries), dtype=np.int64)
-    chips = np.array([f"{entry.board.target} {entry.board.cores}" for entry in entries])
-    for chip in np.unique(chips):
+    for group in np.unique(groups):
         for number in range(FOLDS):
-            outside = np.flatnonzero((chips == chip) & (fold == number))
+            outside = np.flatnonzero((groups == group) & (fold == number))
             if len(outside):
-                network = fit(data, np.flatnonzero((chips != chip) & (fold != number)))
+                network = fit(data, np.flatnonzero((groups != group) & (fold != number)))
                 found[outside] = places(network, data, outside)
-        report(f"  of it {chip}", found[chips == chip])
+        report(f"  {group}", found[groups == group])
     return found
 
 
@@ -200,7 +200,11 @@ def main() -> None:
     if "--write" in sys.argv:
         write(entries, fit(data, np.arange(len(entries))), fit_heads(entries))
     report("shapes left out", shapes_left_out(entries, data))
-    report("chips and shapes left out", chips_and_shapes_left_out(entries, data))
+    chips = np.array([f"{entry.board.target}, {entry.board.cores} cores" for entry in entries])
+    speeds = np.array([f", {entry.board.memory_bandwidth_gb_s:g} GB/s" for entry in entries])
+    devices = np.strings.add(chips, speeds)
+    report("devices and shapes left out", groups_and_shapes_left_out(entries, data, devices))
+    report("chips and shapes left out", groups_and_shapes_left_out(entries, data, chips))
 
 
 if __name__ == "__main__":
