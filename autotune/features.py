@@ -59,10 +59,10 @@ def tile_features(tiles: Sequence[Tile], shape: FusedMoeShape, board: Board) -> 
     up, down = np.ceil(shape.up_columns / n), np.ceil(hidden / n)
     up_steps, down_steps = np.ceil(hidden / k), np.ceil(inner / k)
     loads = (m * precision.activation_bytes + n * precision.weight_bytes) * k
-    compute_us = (
-        2 * row_tiles * m * n * k * (up * up_steps + down * down_steps) / (_peak(shape, board) * 1e6)
+    compute_us = 2 * row_tiles * m * n * k * (up * up_steps + down * down_steps) / (_peak(shape, board) * 1e6)
+    l2_us = (
+        row_tiles * (up * up_steps + down * down_steps) * loads / (board.cores * _L2_BYTES_PER_US_AND_CORE)
     )
-    l2_us = row_tiles * (up * up_steps + down * down_steps) * loads / (board.cores * _L2_BYTES_PER_US_AND_CORE)
     waves_up, waves_down = row_tiles * up / board.cores, row_tiles * down / board.cores
     memory = _log(_weights_us(shape, board))
     features = {

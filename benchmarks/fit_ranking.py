@@ -156,7 +156,9 @@ def fit_heads(entries: list[Entry]) -> dict[str, Tensor]:
         weights = torch.zeros(inputs.shape[1], len(values), requires_grad=True)
         optimizer = torch.optim.Adam([weights], lr=0.05)
         for _ in range(HEAD_STEPS):
-            loss = nn.functional.cross_entropy(inputs @ weights, nearest) + HEAD_DECAY * weights.square().sum()
+            loss = (
+                nn.functional.cross_entropy(inputs @ weights, nearest) + HEAD_DECAY * weights.square().sum()
+            )
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

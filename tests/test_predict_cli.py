@@ -54,9 +54,7 @@ def test_what_is_not_calibrated_says_so(moecc: Any) -> None:
     code, output, errors = moecc("predict", "--device", "h200-sxm", *LAYER, "--no-gated")
     assert code == 0
     assert "vLLM's Triton fused_moe on h200-sxm, balanced routing, predicted" in output
-    assert errors == (
-        "note: h200-sxm is uncalibrated: datasheet figures, efficiencies of another device\n"
-    )
+    assert errors == ("note: h200-sxm is uncalibrated: datasheet figures, efficiencies of another device\n")
 
 
 def test_ranked_configs_in_vllms_names(moecc: Any) -> None:
@@ -74,7 +72,19 @@ def test_ranked_configs_in_vllms_names(moecc: Any) -> None:
 def test_a_rank_is_tuned_for_its_part(moecc: Any) -> None:
     """Half of the experts with half of the choices, half of the columns: another layer with those sizes."""
     split = ("--tokens", 256, "--tp", 2, "--ep", 2, "--json")
-    whole = ("--hidden", 2048, "--intermediate", 384, "--experts", 64, "--top-k", 8, "--tokens", 128, "--json")
+    whole = (
+        "--hidden",
+        2048,
+        "--intermediate",
+        384,
+        "--experts",
+        64,
+        "--top-k",
+        8,
+        "--tokens",
+        128,
+        "--json",
+    )
     arguments = ("tune", "--rank-only", "--device", "NVIDIA_H100_80GB_HBM3")
     assert as_json(moecc(*arguments, *LAYER, *split)) == as_json(moecc(*arguments, *whole))
 
@@ -102,7 +112,10 @@ def test_a_rank_is_tuned_for_its_part(moecc: Any) -> None:
             ("predict", "--device", "a100-sxm", *LAYER, "--dtype", "fp8_block"),
             "device a100-sxm has no peak for dtype 'fp8'; hint: known: bfloat16, float16, float32\n",
         ),
-        (("tune", "--device", "h100-sxm", *LAYER), "moecc tune: measuring is not there yet; hint: add --rank-only\n"),
+        (
+            ("tune", "--device", "h100-sxm", *LAYER),
+            "moecc tune: measuring is not there yet; hint: add --rank-only\n",
+        ),
         (
             ("tune", "--rank-only", "--device", "h100-sxm", *LAYER, "--top", "0"),
             "--top: 0 is not positive; hint: use 1 or more\n",
@@ -121,9 +134,7 @@ def test_a_rank_is_tuned_for_its_part(moecc: Any) -> None:
         ),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2(
-    arguments: tuple[object, ...], message: str, moecc: Any
-) -> None:
+def test_wrong_input_is_one_line_and_exit_2(arguments: tuple[object, ...], message: str, moecc: Any) -> None:
     code, _, errors = moecc(*arguments)
     assert code == 2
     assert errors.startswith(f"error: {message}"), errors

@@ -83,13 +83,17 @@ def write_files(store: Source, path: Path, engine: Engine) -> list[str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, _file(name, rows, by_version=engine.by_version).content())
     notes += [f"left out: {count} records of kernel {kernel}" for kernel, count in sorted(others.items())]
-    return notes + ([f"{rivals} records have an equal key in the files: the latest are written"] if rivals else [])
+    return notes + (
+        [f"{rivals} records have an equal key in the files: the latest are written"] if rivals else []
+    )
 
 
 def _found(path: Path, notes: list[str]) -> Iterator[tuple[TunedFile, str]]:
     """Each file with the date of its last change."""
     if not path.exists():
-        raise InputError("there is no such file or folder", where=str(path), hint="name files of tuned configs")
+        raise InputError(
+            "there is no such file or folder", where=str(path), hint="name files of tuned configs"
+        )
     names = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     for name in names:
         if path.is_dir() and parse_name(name.name) is None:

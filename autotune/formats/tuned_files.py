@@ -50,7 +50,9 @@ class TunedName:
         """`space` stands after the comma of the block shape: none in vLLM's names, one in SGLang's."""
         parts = [f"E={self.experts},N={self.intermediate},device_name={self.device}"]
         parts += [f"dtype={self.dtype}"] if self.dtype else []
-        parts += [f"block_shape=[{self.block_shape[0]},{space}{self.block_shape[1]}]"] if self.block_shape else []
+        parts += (
+            [f"block_shape=[{self.block_shape[0]},{space}{self.block_shape[1]}]"] if self.block_shape else []
+        )
         parts += ["per_channel_quant=True"] if self.per_channel else []
         parts += [f"backend={self.backend}"] if self.backend else []
         return ",".join(parts) + ("_down" if self.down else "") + ".json"

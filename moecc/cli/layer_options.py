@@ -8,9 +8,7 @@ import typer
 
 from moecc.errors import InputError
 
-DeviceOption = Annotated[
-    str, typer.Option(help="h100-sxm, …, a device's YAML file.", show_default=False)
-]
+DeviceOption = Annotated[str, typer.Option(help="h100-sxm, …, a device's YAML file.", show_default=False)]
 HiddenOption = Annotated[int, typer.Option(help="Hidden size.", show_default=False)]
 IntermediateOption = Annotated[
     int, typer.Option(help="Intermediate size of an expert, the full one.", show_default=False)

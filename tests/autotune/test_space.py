@@ -70,8 +70,18 @@ def test_shared_memory_is_that_of_compiled_kernels(
     [
         ({"block_size_n": 0}, "h100-sxm", "bfloat16", "BLOCK_SIZE_N 0 is smaller than 1"),
         ({"block_size_n": 96}, "h100-sxm", "bfloat16", "BLOCK_SIZE_N 96 is not a power of two"),
-        ({"block_size_k": 8}, "h100-sxm", "bfloat16", "BLOCK_SIZE_K 8 is smaller than 16, the least a dot takes"),
-        ({"block_size_k": 16}, "h100-sxm", "fp8", "BLOCK_SIZE_K 16 is smaller than 32, the least a dot takes"),
+        (
+            {"block_size_k": 8},
+            "h100-sxm",
+            "bfloat16",
+            "BLOCK_SIZE_K 8 is smaller than 16, the least a dot takes",
+        ),
+        (
+            {"block_size_k": 16},
+            "h100-sxm",
+            "fp8",
+            "BLOCK_SIZE_K 16 is smaller than 32, the least a dot takes",
+        ),
         ({"num_warps": 64}, "h100-sxm", "bfloat16", "num_warps 64 is larger than 32"),
         ({"num_warps": 32}, "mi300x", "bfloat16", "num_warps 32 is larger than 16"),
         (

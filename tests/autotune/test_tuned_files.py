@@ -103,7 +103,9 @@ def test_a_folder_for_vllm(
     code, _, notes = run(capsys, monkeypatch, "import", files / NAME, "--format", "vllm", "--cache", local)
     assert code == 0
     assert notes.startswith("note: the files say neither hidden size nor top_k: a config may have been tuned")
-    code, _, notes = run(capsys, monkeypatch, "export", tmp_path / "out", "--format", "vllm", "--cache", local)
+    code, _, notes = run(
+        capsys, monkeypatch, "export", tmp_path / "out", "--format", "vllm", "--cache", local
+    )
     assert code == 0
     assert "note: left out: 1 records of kernel moecc\n" in notes
     assert contents(tmp_path / "out") == {NAME: content}
@@ -163,7 +165,11 @@ def test_a_claim_yields_to_every_measurement(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("configs.json", b"{}", "configs.json: the name is not that of a file of tuned configs; hint: names are E="),
+        (
+            "configs.json",
+            b"{}",
+            "configs.json: the name is not that of a file of tuned configs; hint: names are E=",
+        ),
         (NAME, b"{", "is no JSON (Expecting property name enclosed in double quotes"),
         (NAME, b"[" * 99999, "is no JSON ("),
         (NAME, b"[]", "is no object of configs by token count; hint: give a file as vLLM's"),
