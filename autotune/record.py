@@ -119,7 +119,8 @@ def merge(one: Record, other: Record) -> Record:
     """Every config of both, unsigned. The order of merging does not matter, nor does merging twice.
 
     Of two findings on one config a failure counts before a time, a full time before a stopped one, that before a
-    claim, and then the smaller: what disturbs a measurement only adds to it. Raises InputError for records of different keys.
+    claim, and then the smaller: what disturbs a measurement only adds to it.
+    Raises InputError for records of different keys.
     """
     if (one.key, one.environment) != (other.key, other.environment):
         raise InputError("records of different keys do not merge", where=f"record {one.key.hash}")

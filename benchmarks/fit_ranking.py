@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tuned_entries import Entry, tuned_entries
 
 from moecc.autotune.features import context_features, tile_features
 from moecc.autotune.ranking import HEADS, head_features
 from moecc.autotune.space import fused_moe_tiles
-from tuned_entries import Entry, tuned_entries
 
 FOLDS, WIDTH, INNER = 5, 32, 16
 EPOCHS, BATCH, RATE, DECAY = 12, 128, 1e-2, 1e-2

@@ -129,21 +129,27 @@ def _work(layer: RoutedLayer, tokens: int) -> ExpertLayer:
 
 
 def _active_experts(layer: RoutedLayer, tokens: int) -> float:
-    """Experts that get a row: all that rows suffice for, or where they are skewed those whose share is a row."""
+    """Experts that get a row: all that rows suffice for, or where they are skewed those whose share is a row.
+
+    The ranges of the power law are those by which ai-dynamo/aiconfigurator draws loads for its measurements.
+    """
     if layer.exponent is None:
         return min(layer.experts, tokens * layer.top_k)
-    shares = _power_law(layer.experts, layer.exponent, most=max(0.8 * tokens, 2.0))
-    return sum(min(1.0, tokens * layer.top_k * share) for share in shares)
+    rows = tokens * layer.top_k
+    least, most = (1.0, max(0.8 * tokens, 2.0)) if rows > layer.experts else (0.01, 2.0)
+    shares = _power_law(layer.experts, layer.exponent, least, most)
+    return sum(min(1.0, rows * share) for share in shares)
 
 
-def _power_law(count: int, exponent: float, *, most: float) -> list[float]:
-    """`count` quantiles of a density x^-exponent on [1, most], as parts of their sum."""
+def _power_law(count: int, exponent: float, least: float, most: float) -> list[float]:
+    """`count` quantiles of a density x^-exponent on [least, most], as parts of their sum."""
     power = 1.0 - exponent
     places = [(index + 0.5) / count for index in range(count)]
     if abs(power) < 1e-9:
-        values = [float(most**place) for place in places]
+        values = [float(least * (most / least) ** place) for place in places]
     else:
-        values = [((most**power - 1.0) * place + 1.0) ** (1.0 / power) for place in places]
+        low, high = least**power, most**power
+        values = [((high - low) * place + low) ** (1.0 / power) for place in places]
     total = sum(values)
     return [value / total for value in values]
 
