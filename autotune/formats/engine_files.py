@@ -17,7 +17,7 @@ from moecc.autotune.canonical import Scalar, parse
 from moecc.autotune.entry import dump_entry, dump_manifest
 from moecc.autotune.formats.bundle import Unpacked
 from moecc.autotune.formats.tuned_files import MAX_FILE_BYTES, TunedFile, TunedName, parse_file, parse_name
-from moecc.autotune.key import Environment, Key
+from moecc.autotune.key import NOT_STATED, Environment, Key
 from moecc.autotune.record import DATE_FORMAT, Measurement, Record
 from moecc.autotune.remotes.store import Source, Store
 from moecc.autotune.sharing import entry_name, environments, manifest_name, scan
@@ -25,7 +25,6 @@ from moecc.autotune.upkeep import copy_all
 from moecc.errors import InputError
 from moecc.files import write_atomic
 
-NOT_STATED = "not stated"
 LACKING = (
     "the files say neither hidden size nor top_k: a config may have been tuned for another layer "
     "with as many experts of that width"

@@ -210,3 +210,13 @@ def test_a_path_that_is_not_there(
     assert errors == (
         f"error: {tmp_path / 'none'}: there is no such file or folder; hint: name files of tuned configs\n"
     )
+
+
+def test_only_what_was_imported_may_leave_sizes_out() -> None:
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match="key hidden: '0' identifies nothing"):
+        replace(key(16), hidden=0)
+    with pytest.raises(InputError, match="key experts: '0' identifies nothing"):
+        replace(key(16), experts=0, layout="not stated")
+    assert replace(key(16), hidden=0, top_k=0, layout="not stated").hash != key(16).hash
