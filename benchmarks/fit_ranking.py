@@ -33,9 +33,8 @@ from moecc.autotune.space import fused_moe_tiles
 
 FOLDS, WIDTH, INNER = 5, 32, 16
 EPOCHS, BATCH, RATE, DECAY = 12, 128, 1e-2, 1e-2
-NAMELESS = (
-    0.3  # part of each batch without its architecture's flags, so that figures carry over to other devices
-)
+BLUR = 0.1  # noise on the context's figures: the files do not say hidden size and top_k
+NAMELESS = 0.3  # part of each batch without its architecture's flags, so that figures carry over
 HEAD_STEPS, HEAD_DECAY = 300, 1e-4
 OUTPUT = Path(__file__).resolve().parents[1] / "autotune" / "data" / "ranking.json"
 Ints = NDArray[np.int64]
@@ -46,7 +45,7 @@ class Choices:
     """context [entries, features], tiles [entries, tiles, features], valid [entries, tiles], chosen [entries].
 
     An entry whose tile is not in the space has chosen -1: it is never fitted and always a miss.
-    architectures: the features of the context that are flags of one.
+    architectures, figures: the features of the context that are flags of one, and those that are no flags at all.
     """
 
     context: Tensor
@@ -54,6 +53,7 @@ class Choices:
     valid: Tensor
     chosen: Tensor
     architectures: list[int]
+    figures: list[int]
 
 
 class Network(nn.Module):
@@ -87,6 +87,7 @@ def choices(entries: list[Entry]) -> Choices:
         torch.from_numpy(np.stack(valid)),
         torch.tensor(chosen),
         [index for index, name in enumerate(names) if name.startswith(("is sm_", "is gfx"))],
+        [index for index, name in enumerate(names) if name.startswith(("log", "top_k"))],
     )
 
 
@@ -102,6 +103,7 @@ def fit(data: Choices, rows: Ints) -> Network:
     for _ in range(EPOCHS):
         for batch in known[torch.randperm(len(known))].split(BATCH):
             context = data.context[batch]
+            context[:, data.figures] += BLUR * torch.randn(len(batch), len(data.figures))
             context[: int(NAMELESS * len(batch)), data.architectures] = 0.0
             scores = network(context, data.tiles[batch], data.valid[batch])
             optimizer.zero_grad()
