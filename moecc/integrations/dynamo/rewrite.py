@@ -1,0 +1,154 @@
+"""Puts moecc's op where a graph has the experts of a layer, and says what became of every block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+import moecc.integrations.experts_op  # noqa: F401 - registers the op, also for graphs that a cache brings
+from moecc.integrations.dynamo.experts import ExpertsBlock, match_experts
+from moecc.integrations.dynamo.gemms import products
+from moecc.integrations.dynamo.graph import (
+    UnmatchedError,
+    operation,
+    region,
+    require,
+    storages,
+    tensor,
+    written,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One block of a graph. reason: why it was left to inductor, None where it became an op of moecc.
+
+    module: its path in the model, as far as the graph knows. form: how its products were written. block: what was
+    recognised, None where it was left.
+    """
+
+    module: str
+    form: str
+    reason: str | None = None
+    block: ExpertsBlock | None = None
+
+
+def rewrite(root: fx.GraphModule) -> list[Finding]:
+    """Rewrites the graph and those inside it (checkpointed regions are graphs of their own) in place."""
+    findings = []
+    for module in root.modules():
+        if isinstance(module, fx.GraphModule):
+            found = [_rewrite_block(form, nodes) for form, nodes in list(products(module.graph))]
+            if any(finding.reason is None for finding in found):
+                module.graph.lint()
+                module.recompile()
+            findings += found
+    return findings
+
+
+def _rewrite_block(form: Any, nodes: Sequence[fx.Node]) -> Finding:
+    where = {"module": module_path(nodes[0]), "form": operation(nodes[0])}
+    try:
+        block = match_experts(form, nodes)
+        inside = region([block.output], block.inputs)
+        rows = _rows(block, inside)
+        _require_private(block, rows)
+        _require_unwritten(block, inside, rows)
+    except UnmatchedError as reason:
+        return Finding(**where, reason=str(reason))
+    _replace(block)
+    _erase(inside)
+    return Finding(**where, block=block)
+
+
+def module_path(node: fx.Node) -> str:
+    """`model.layers.0.mlp.experts`; empty where Dynamo did not see a module."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    path, _ = list(stack.values())[-1]
+    return re.sub(r"^L\['\w+'\]\.?", "", path)
+
+
+def _rows(block: ExpertsBlock, inside: Sequence[fx.Node]) -> set[fx.Node]:
+    """What is computed from hidden states, as opposed to what follows from the routing alone."""
+    rows: set[fx.Node] = set()
+    for node in inside:
+        if rows.intersection(node.all_input_nodes) or block.x in node.all_input_nodes:
+            rows.add(node)
+    return rows
+
+
+def _require_private(block: ExpertsBlock, rows: set[fx.Node]) -> None:
+    """The rows of the products stay inside; what follows from the routing alone may be read by others too."""
+    for node in rows - {block.output}:
+        outside = [user.name for user in node.users if user not in rows]
+        require(not outside, f"{node.name}, which the op does not give, is read by {', '.join(outside)}")
+
+
+def _require_unwritten(block: ExpertsBlock, inside: Sequence[fx.Node], rows: set[fx.Node]) -> None:
+    """The op reads its tensors where the block ends, and what was evaluated is what stands there: nobody may write to
+    the former once the block has begun, nor to a value of the routing once the rows have met it.
+    """
+    memory: set[int] = set()
+    for node in block.output.graph.nodes:
+        if node is block.output:
+            return
+        if node is inside[0]:
+            memory |= storages(block.inputs)
+        target = written(node)
+        if target is not None:
+            is_read = bool(storages([target]) & memory)
+            require(not is_read, f"{target.name}, which the op reads, is written to by {node.name}")
+        if node in rows:
+            memory |= storages(value for value in node.all_input_nodes if value not in rows)
+
+
+def _replace(block: ExpertsBlock) -> None:
+    graph, output = block.output.graph, block.output
+    dtype, device = tensor(block.gate_up).dtype, tensor(block.x).device.type
+    activation = block.gate.activation
+    with graph.inserting_before(output):
+        x = block.x if tensor(block.x).dtype == dtype else graph.call_method("to", (block.x, dtype))
+        # Autocast leaves products of experts in the type of their weights, and would cast those of the op.
+        region = graph.call_function(_enter_autocast, (device, None, False, None))
+        replacement = graph.call_function(
+            torch.ops.moecc.experts.default,
+            (
+                x,
+                block.topk_ids,
+                block.topk_weights,
+                block.gate_up,
+                block.down,
+                block.gate_up_bias,
+                block.down_bias,
+                activation.kind,
+                activation.alpha,
+                activation.limit,
+                block.transposed,
+                block.gate.interleaved,
+            ),
+        )
+        graph.call_function(_exit_autocast, (region,))
+        if tensor(output).dtype != dtype:
+            replacement = graph.call_method("to", (replacement, tensor(output).dtype))
+    replacement.meta = dict(output.meta)
+    output.replace_all_uses_with(replacement)
+
+
+def _erase(inside: Sequence[fx.Node]) -> None:
+    """Erases what nobody reads now; values that are read elsewhere stay, and so do writes to them."""
+    within = set(inside)
+    kept = {node for node in inside if any(user not in within for user in node.users)}
+    size = -1
+    while size != len(kept):
+        size, memory = len(kept), storages(kept)
+        kept |= {source for node in kept for source in node.all_input_nodes if source in within}
+        kept |= {n for n in inside if (target := written(n)) is not None and storages([target]) & memory}
+    for node in reversed(inside):
+        if node not in kept and not node.users:
+            node.graph.erase_node(node)
