@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from moecc.integrations.dynamo.evaluate import Sizes, evaluate
-from moecc.integrations.dynamo.graph import UnmatchedError, region
+from moecc.integrations.dynamo.graph import UnmatchedError, region, value
 from moecc.ir.semantics import Activation, ActivationKind
 
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -41,7 +41,7 @@ def recognise(inner: fx.Node, outer: fx.Node, channels: int, *, gated: bool) -> 
     """
     table = _table(channels, parts=2 if gated else 1)
     kinds = GATED if gated else tuple(FUNCTIONS)
-    constants = sorted({abs(c) for node in region([outer], [inner]) for c in _constants(node)} - {0.0})
+    constants = sorted({c for node in region([outer], [inner]) for c in _constants(node)} - {0.0})
     for interleaved in (False, True) if gated else (False,):
         rows = table.flatten(1) if interleaved else table.transpose(1, 2).flatten(1)
         (found,) = evaluate([outer], {inner: rows}, Sizes(len(rows)), what="its activation", keep_dtype=True)
@@ -77,8 +77,9 @@ def _table(channels: int, parts: int) -> Tensor:
 
 def _constants(node: fx.Node) -> Iterator[float]:
     for argument in (*node.args, *node.kwargs.values()):
-        if isinstance(argument, (int, float)) and not isinstance(argument, bool):
-            yield float(argument)
+        found = value(argument) if isinstance(argument, fx.Node) else argument
+        if isinstance(found, (int, float, torch.SymFloat)) and not isinstance(found, bool):
+            yield abs(float(found))
 
 
 def _candidates(kinds: Sequence[str], constants: Sequence[float]) -> Iterator[Activation]:

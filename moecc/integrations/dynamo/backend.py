@@ -1,10 +1,9 @@
 """`torch.compile(model, backend="moecc")`: inductor, with the experts of untouched models on moecc's kernels.
 
 The blocks are rewritten in Dynamo's graph, before AOTAutograd. There the forward of a training step is whole (behind
-AOTAutograd its values are also read by the backward graph, and the backward would have to be matched as well), and the
-op brings its own gradients: one rewrite serves inference and training. It costs nothing of inductor's caches: their keys
-are made of the rewritten graph, and this module, which whoever names the backend imports, registers the op that a cached
-graph calls.
+AOTAutograd the backward graph reads its values too, and would have to be matched as well), and the op brings its own
+gradients: one rewrite serves inference and training. Inductor's caches keep working: their keys are made of the
+rewritten graph, and this module, which whoever names the backend imports, registers the op that a cached graph calls.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -43,8 +42,8 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    compiled: Callable[..., Any] = compile_fx(graph, inputs, config_patches=patches or None)
-    return compiled
+    compiled: Any = compile_fx(graph, inputs, config_patches=patches or None)
+    return cast(Callable[..., Any], compiled)
 
 
 @cache

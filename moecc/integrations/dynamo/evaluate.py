@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moecc.integrations.dynamo.graph import (
     UnmatchedError,
     is_cast,
-    is_size,
+    is_number,
     operation,
     region,
     require,
@@ -28,6 +28,7 @@ class Sizes:
         self.symbols: dict[Any, int] = {}
 
     def __call__(self, size: int | torch.SymInt) -> int:
+        """The number of a size, one that is open included."""
         if isinstance(size, int):
             return size
         expression: Any = size.node.expr
@@ -60,14 +61,19 @@ def evaluate(
         torch.random.fork_rng(devices=[]),
     ):
         for node in region(outputs, inputs, until=until):
-            require(is_size(node) or node.op.startswith("call_"), f"{what} reads {node.name}")
+            require(is_number(node) or node.op.startswith("call_"), f"{what} reads {node.name}")
             values[node] = _compute(node, values, sizes, keep_dtype)
     return [values[node] for node in outputs]
 
 
+def number(found: float | torch.SymInt | torch.SymFloat, sizes: Sizes) -> float:
+    """A float is the one of this call: the graph is compiled anew for another."""
+    return float(found) if isinstance(found, (float, torch.SymFloat)) else sizes(found)
+
+
 def _compute(node: fx.Node, values: Mapping[fx.Node, Any], sizes: Sizes, keep_dtype: bool) -> Any:
-    if is_size(node):
-        return sizes(value(node))
+    if is_number(node):
+        return number(value(node), sizes)
     args = fx.node.map_arg(node.args, values.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
     if keep_dtype and is_cast(node):

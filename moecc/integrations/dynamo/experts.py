@@ -20,7 +20,7 @@ from moecc.integrations.dynamo.graph import (
     UnmatchedError,
     argument,
     is_cast,
-    is_size,
+    is_number,
     node_argument,
     operation,
     require,
@@ -228,7 +228,7 @@ def _ids(experts: fx.Node, topk_weights: fx.Node) -> fx.Node:
     waiting = [experts]
     while waiting:
         node = waiting.pop()
-        if node in seen or is_size(node):
+        if node in seen or is_number(node):
             continue
         seen.add(node)
         ids = value(node)

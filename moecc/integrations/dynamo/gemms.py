@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from moecc.integrations.dynamo.graph import (
     UnmatchedError,
     argument,
     is_one,
+    module_path,
     node_argument,
     operation,
     require,
@@ -55,11 +56,14 @@ class Finished(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A way to write the products of experts; is_grouped: rows of one expert stand together. key: what the two of one block share, None for any other node."""
+    """A way to write the products of experts. is_grouped: rows of one expert stand together.
+
+    key: what the two products of one block share, None for any other node.
+    """
 
     name: str
     is_grouped: bool
-    key: Callable[[fx.Node], fx.Node | None]
+    key: Callable[[fx.Node], Hashable | None]
     read: Callable[[fx.Node], Gemm]
 
 
@@ -109,16 +113,35 @@ def read_batched(node: fx.Node) -> Gemm:
     return Gemm(node, rows, gathered[0], is_right is not swapped, gathered[1], result)
 
 
+def dense_key(node: fx.Node) -> str | None:
+    """The module of a product with a stack of weights that no routing has chosen from."""
+    is_product = operation(node) in BATCHED and batched_key(node) is None
+    stacks = [arg for arg in node.all_input_nodes if arg.op == "placeholder" and is_matrices(arg)]
+    return module_path(node) if is_product and stacks else None
+
+
+def read_dense(node: fx.Node) -> Gemm:
+    """Llama4 and the like."""
+    raise UnmatchedError("every expert computes every token, there is no routing to go by")
+
+
+def is_matrices(node: fx.Node) -> bool:
+    """Whether a value is a matrix for each expert."""
+    found = value(node)
+    return isinstance(found, Tensor) and found.ndim == 3
+
+
 FORMS = (
     Form("grouped_mm", True, grouped_key, read_grouped),
     Form("batched_mm", False, batched_key, read_batched),
+    Form("dense", False, dense_key, read_dense),
 )
 
 
 def products(graph: fx.Graph) -> Iterator[tuple[Form, list[fx.Node]]]:
     """The products that share an assignment of rows to experts, block after block: two in what can be fused."""
     for form in FORMS:
-        found: dict[fx.Node, list[fx.Node]] = {}
+        found: dict[Hashable, list[fx.Node]] = {}
         for node in graph.nodes:
             if (key := form.key(node)) is not None:
                 found.setdefault(key, []).append(node)

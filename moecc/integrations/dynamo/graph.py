@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -47,6 +48,13 @@ def operation(node: fx.Node) -> str:
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
 
 
+def module_path(node: fx.Node) -> str:
+    """`model.layers.0.mlp.experts`; empty where Dynamo did not see a module."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    path, _ = list(stack.values())[-1]
+    return re.sub(r"^L\['\w+'\]\.?", "", path)
+
+
 def argument(node: fx.Node, position: int, name: str) -> Any:
     """An argument that may have been given by position or by name; None where it was not given."""
     return node.args[position] if position < len(node.args) else node.kwargs.get(name)
@@ -65,9 +73,9 @@ def value(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
-def is_size(node: fx.Node) -> bool:
-    """Whether a node is a number of tokens or the like, which a sample chooses for itself."""
-    return isinstance(value(node), (int, torch.SymInt))
+def is_number(node: fx.Node) -> bool:
+    """Whether a node is a count of tokens or the like, which a sample chooses, or a float that Dynamo left open."""
+    return isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat))
 
 
 def tensor(node: fx.Node) -> Tensor:
@@ -144,7 +152,7 @@ def region(
 ) -> list[fx.Node]:
     """What computes the outputs from the inputs, in the order of the graph, the inputs left out.
 
-    Writes in place to values of the region belong to it, as far as the node `until`, or the last output. Sizes are
+    Writes in place to values of the region belong to it, as far as the node `until`, or the last output. Numbers are
     leaves. Placeholders that are no inputs are part of it too, and writes to the memory of inputs are not: both are
     for the caller to refuse.
     """
@@ -161,7 +169,7 @@ def region(
             if node in found or node in boundary:
                 continue
             found.add(node)
-            if not is_size(node):
+            if not is_number(node):
                 waiting += node.all_input_nodes
         memory = storages(found) - foreign
         waiting = [n for n in writes if n not in found and storage(cast(fx.Node, written(n))) in memory]

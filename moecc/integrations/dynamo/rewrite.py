@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -13,9 +11,10 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 import moecc.integrations.experts_op  # noqa: F401 - registers the op, also for graphs that a cache brings
 from moecc.integrations.dynamo.experts import ExpertsBlock, match_experts
-from moecc.integrations.dynamo.gemms import products
+from moecc.integrations.dynamo.gemms import Form, products
 from moecc.integrations.dynamo.graph import (
     UnmatchedError,
+    module_path,
     operation,
     region,
     require,
@@ -26,17 +25,30 @@ from moecc.integrations.dynamo.graph import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One block of a graph. reason: why it was left to inductor, None where it became an op of moecc.
+class Shape:
+    """What was recognised. tokens: their number, or its symbol where the graph serves any."""
 
-    module: its path in the model, as far as the graph knows. form: how its products were written. block: what was
-    recognised, None where it was left.
+    tokens: str
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    dtype: str
+    activation: str
+    layout: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One block of a graph: either its shape, where it became an op of moecc, or the reason why it was left.
+
+    module: its path in the model, as far as the graph knows. form: how its products were written.
     """
 
     module: str
     form: str
     reason: str | None = None
-    block: ExpertsBlock | None = None
+    shape: Shape | None = None
 
 
 def rewrite(root: fx.GraphModule) -> list[Finding]:
@@ -45,15 +57,15 @@ def rewrite(root: fx.GraphModule) -> list[Finding]:
     for module in root.modules():
         if isinstance(module, fx.GraphModule):
             found = [_rewrite_block(form, nodes) for form, nodes in list(products(module.graph))]
-            if any(finding.reason is None for finding in found):
+            if any(finding.shape is not None for finding in found):
                 module.graph.lint()
                 module.recompile()
             findings += found
     return findings
 
 
-def _rewrite_block(form: Any, nodes: Sequence[fx.Node]) -> Finding:
-    where = {"module": module_path(nodes[0]), "form": operation(nodes[0])}
+def _rewrite_block(form: Form, nodes: Sequence[fx.Node]) -> Finding:
+    module, written_as = module_path(nodes[0]), operation(nodes[0])
     try:
         block = match_experts(form, nodes)
         inside = region([block.output], block.inputs)
@@ -61,17 +73,30 @@ def _rewrite_block(form: Any, nodes: Sequence[fx.Node]) -> Finding:
         _require_private(block, rows)
         _require_unwritten(block, inside, rows)
     except UnmatchedError as reason:
-        return Finding(**where, reason=str(reason))
+        return Finding(module=module, form=written_as, reason=str(reason))
     _replace(block)
     _erase(inside)
-    return Finding(**where, block=block)
+    return Finding(module=module, form=written_as, shape=_shape(block))
 
 
-def module_path(node: fx.Node) -> str:
-    """`model.layers.0.mlp.experts`; empty where Dynamo did not see a module."""
-    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
-    path, _ = list(stack.values())[-1]
-    return re.sub(r"^L\['\w+'\]\.?", "", path)
+def _shape(block: ExpertsBlock) -> Shape:
+    experts, outputs, inputs = tensor(block.down).shape
+    hidden, intermediate = (inputs, outputs) if block.transposed else (outputs, inputs)
+    traits = {
+        "transposed": block.transposed,
+        "interleaved": block.gate.interleaved,
+        "bias": block.gate_up_bias is not None,
+    }
+    return Shape(
+        tokens=str(tensor(block.x).shape[0]),
+        hidden=hidden,
+        intermediate=intermediate,
+        experts=experts,
+        top_k=tensor(block.topk_ids).shape[1],
+        dtype=str(tensor(block.gate_up).dtype).removeprefix("torch."),
+        activation=block.gate.activation.kind,
+        layout=" ".join(name for name, is_so in traits.items() if is_so) or "natural",
+    )
 
 
 def _rows(block: ExpertsBlock, inside: Sequence[fx.Node]) -> set[fx.Node]:
@@ -115,7 +140,7 @@ def _replace(block: ExpertsBlock) -> None:
     with graph.inserting_before(output):
         x = block.x if tensor(block.x).dtype == dtype else graph.call_method("to", (block.x, dtype))
         # Autocast leaves products of experts in the type of their weights, and would cast those of the op.
-        region = graph.call_function(_enter_autocast, (device, None, False, None))
+        no_autocast = graph.call_function(_enter_autocast, (device, None, False, None))
         replacement = graph.call_function(
             torch.ops.moecc.experts.default,
             (
@@ -133,7 +158,7 @@ def _replace(block: ExpertsBlock) -> None:
                 block.gate.interleaved,
             ),
         )
-        graph.call_function(_exit_autocast, (region,))
+        graph.call_function(_exit_autocast, (no_autocast,))
         if tensor(output).dtype != dtype:
             replacement = graph.call_method("to", (replacement, tensor(output).dtype))
     replacement.meta = dict(output.meta)
