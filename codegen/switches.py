@@ -32,7 +32,13 @@ def freeze_layer(shape: LayerShape) -> Layer:
             "SCALE": router.scale,
             "HAS_ROUTER_BIAS": shape.has_router_bias,
         },
-        activation={"ACTIVATION": activation.kind, "ALPHA": activation.alpha, "LIMIT": activation.limit},
+        activation={
+            "ACTIVATION": activation.function,
+            "GATED": activation.gated,
+            "ALPHA": activation.alpha,
+            "LIMIT": activation.limit,
+        },
+        layout={"TRANSPOSED": shape.transposed, "INTERLEAVED": shape.interleaved},
     )
 
 
@@ -43,4 +49,4 @@ def freeze_configs(configs: KernelConfigs) -> dict[str, dict[str, Any]]:
         options = ("num_warps", "num_stages")
         return {name if name in options else name.upper(): value for name, value in vars(config).items()}
 
-    return {name: table(getattr(configs, name)) for name in ("router", "gate_up", "down", "combine")}
+    return {name: table(config) for name, config in configs.by_kernel.items()}

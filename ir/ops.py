@@ -11,7 +11,7 @@ from moecc.ir.op_checks import (
     RouterFields,
     check_experts,
     check_router,
-    halved,
+    intermediate_of,
     require_expert_bias,
     require_same,
     require_vector,
@@ -62,7 +62,7 @@ class DenseMlp(Op, mnemonic="dense.mlp"):
     def infer(self) -> tuple[Type]:
         two_intermediate, hidden = weights_of(self, "gate_up", 2).shape
         require_same(self, "hidden sizes", tokens_of(self).hidden, hidden)
-        shape = (hidden, halved(self, two_intermediate))
+        shape = (hidden, intermediate_of(self, two_intermediate))
         require_same(self, "shapes of down", weights_of(self, "down", 2).shape, shape)
         return (self.x.type,)
 
@@ -199,7 +199,7 @@ class Combine(Op, mnemonic="moe.combine"):
 
 
 class SharedExpert(ActivationFields, Op, mnemonic="moe.shared_expert"):
-    """Experts that every token passes, summed: gate_up [count, 2 I, H], down [count, H, I]."""
+    """Experts that every token passes, summed: gate_up [count, 2 I or, without a gate, I, H], down [count, H, I]."""
 
     x = operand(TokensType)
     gate_up = operand(WeightsType)
@@ -207,11 +207,10 @@ class SharedExpert(ActivationFields, Op, mnemonic="moe.shared_expert"):
     shared = result()
 
     def infer(self) -> tuple[Type]:
-        count, two_intermediate, hidden = weights_of(self, "gate_up", 3).shape
+        count, columns, hidden = weights_of(self, "gate_up", 3).shape
         require_same(self, "hidden sizes", tokens_of(self).hidden, hidden)
-        require_same(
-            self, "shapes of down", weights_of(self, "down", 3).shape, (count, hidden, two_intermediate // 2)
-        )
+        shape = (count, hidden, intermediate_of(self, columns))
+        require_same(self, "shapes of down", weights_of(self, "down", 3).shape, shape)
         return (self.x.type,)
 
 

@@ -7,7 +7,18 @@ from typing import Literal
 
 Score = Literal["softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
-ActivationKind = Literal["silu_glu", "gelu_glu", "clamped_swiglu"]
+ActivationKind = Literal[
+    "silu_glu",
+    "gelu_glu",
+    "gelu_tanh_glu",
+    "relu_glu",
+    "clamped_swiglu",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "relu2",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +49,35 @@ class Router:
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """What happens between the two expert GEMMs to gate g and up u.
+    """What happens between the two expert GEMMs: to gate g and up u, or, in experts without a gate, to u alone.
 
-    silu_glu: silu(g) * u.  gelu_glu: gelu(g, exact) * u.
+    `<function>_glu`: function(g) * u.  `<function>`: function(u), and the weights named gate_up hold up alone.
+    Functions: silu; gelu (exact) and gelu_tanh (its approximation by tanh); relu; relu2 = relu squared (Nemotron-H).
     clamped_swiglu (gpt-oss): g = min(g, limit), u = clamp(u, -limit, limit), (u + 1) * g * sigmoid(alpha * g).
     """
 
     kind: ActivationKind = "silu_glu"
     alpha: float = 1.702
     limit: float = 7.0
+
+    @property
+    def gated(self) -> bool:
+        return self.kind.endswith("_glu") or self.kind == "clamped_swiglu"
+
+    @property
+    def function(self) -> str:
+        """What is applied to the gate, or to up where there is none."""
+        return self.kind.removesuffix("_glu")
+
+    def gate_up_columns(self, intermediate: int) -> int:
+        """Outputs of the first expert GEMM."""
+        return 2 * intermediate if self.gated else intermediate
+
+    def intermediate_of(self, gate_up_columns: int) -> int | None:
+        """The inverse; None for a number that gate and up cannot share."""
+        if not self.gated:
+            return gate_up_columns
+        return None if gate_up_columns % 2 else gate_up_columns // 2
 
 
 def why_impossible(router: Router, experts: int, top_k: int) -> tuple[str, str] | None:

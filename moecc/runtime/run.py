@@ -175,7 +175,8 @@ def _require_memory(artifact: Artifact, shapes: Sequence[LayerShape], distribute
 
 def _weight_bytes(shape: LayerShape) -> int:
     experts = shape.experts + shape.shared
-    return experts * 3 * shape.hidden * shape.intermediate * DTYPE_BYTES[shape.dtype]
+    columns = shape.gate_up_columns + shape.intermediate
+    return experts * columns * shape.hidden * DTYPE_BYTES[shape.dtype]
 
 
 def random_weights(shape: LayerShape, generator: Any, device: str) -> Weights:
@@ -191,9 +192,10 @@ def random_weights(shape: LayerShape, generator: Any, device: str) -> Weights:
         return values.to(device)
 
     experts, hidden, inner = shape.experts + shape.shared, shape.hidden, shape.intermediate
+    columns = shape.gate_up_columns
     weights = {
         "gate": normal(shape.experts, hidden, scale=hidden**-0.5),
-        "gate_up": normal(experts, 2 * inner, hidden, scale=hidden**-0.5),
+        "gate_up": normal(experts, columns, hidden, scale=hidden**-0.5),
         "down": normal(experts, hidden, inner, scale=inner**-0.5),
     }
     if shape.has_router_bias:
@@ -201,7 +203,7 @@ def random_weights(shape: LayerShape, generator: Any, device: str) -> Weights:
     if shape.router.selection_bias:
         weights["correction_bias"] = normal(shape.experts, scale=0.1).float()
     if shape.has_expert_bias:
-        weights["gate_up_bias"] = normal(experts, 2 * inner, scale=0.1)
+        weights["gate_up_bias"] = normal(experts, columns, scale=0.1)
         weights["down_bias"] = normal(experts, hidden, scale=0.1)
     return weights
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ pytest.importorskip("moecc.codegen.x86")
 if torch.cuda.is_available():
     pytest.skip("these run on the CPU, where Triton would be the GPU's", allow_module_level=True)
 
-from moecc.integrations import experts_op  # noqa: E402
+import moecc.integrations.experts_op  # noqa: E402, F401 - registers the ops
+
 
 EXPERTS, TOP_K, HIDDEN, INNER = 6, 3, 24, 20
 GATED = ("silu_glu", "gelu_glu", "gelu_tanh_glu", "relu_glu", "clamped_swiglu")
