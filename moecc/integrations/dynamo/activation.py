@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple, cast
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from moecc.integrations.dynamo.evaluate import Sizes, evaluate
 from moecc.integrations.dynamo.graph import UnmatchedError, region, value
 from moecc.ir.semantics import Activation, ActivationKind
+from moecc.runtime.reference import activate
 
-FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "relu2": lambda x: functional.relu(x).square(),
-}
-GATED = ("silu_glu", "gelu_glu", "gelu_tanh_glu", "relu_glu", "clamped_swiglu")
 ROWS_PER_CHANNEL = 16
 
 
@@ -40,28 +32,15 @@ def recognise(inner: fx.Node, outer: fx.Node, channels: int, *, gated: bool) -> 
     an implementation rounds is not what it computes. Raises UnmatchedError where no activation agrees.
     """
     table = _table(channels, parts=2 if gated else 1)
-    kinds = GATED if gated else tuple(FUNCTIONS)
     constants = sorted({c for node in region([outer], [inner]) for c in _constants(node)} - {0.0})
     for interleaved in (False, True) if gated else (False,):
         rows = table.flatten(1) if interleaved else table.transpose(1, 2).flatten(1)
         (found,) = evaluate([outer], {inner: rows}, Sizes(len(rows)), what="its activation", keep_dtype=True)
-        for activation in _candidates(kinds, constants):
-            expected = activate(table, activation)
+        for activation in _candidates(gated, constants):
+            expected = activate(activation, table[..., 0], table[..., -1])
             if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-6, atol=1e-6):
                 return Gate(activation, interleaved)
     raise UnmatchedError("what stands between its GEMMs agrees with no activation of the kernels")
-
-
-def activate(table: Tensor, activation: Activation) -> Tensor:
-    """The formula of `Activation` on [..., 2], gate and up, or on [..., 1] without a gate."""
-    kind = str(activation.kind)
-    if table.shape[-1] == 1:
-        return FUNCTIONS[kind](table[..., 0])
-    gate, up = table.unbind(-1)
-    if kind == "clamped_swiglu":
-        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-        return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
-    return FUNCTIONS[kind.removesuffix("_glu")](gate) * up
 
 
 def _table(channels: int, parts: int) -> Tensor:
@@ -82,11 +61,11 @@ def _constants(node: fx.Node) -> Iterator[float]:
             yield abs(float(found))
 
 
-def _candidates(kinds: Sequence[str], constants: Sequence[float]) -> Iterator[Activation]:
-    """Every kind, the clamped ones with all alphas and limits that occur in the graph."""
+def _candidates(gated: bool, constants: Sequence[float]) -> Iterator[Activation]:
+    """Every kind with a gate or without, the clamped one with all alphas and limits that occur in the graph."""
+    kinds: tuple[ActivationKind, ...] = get_args(ActivationKind)
     for kind in kinds:
-        if kind != "clamped_swiglu":
-            yield Activation(kind=cast(ActivationKind, kind))
-            continue
-        for alpha, limit in product(constants, constants):
-            yield Activation(kind=cast(ActivationKind, kind), alpha=alpha, limit=limit)
+        settings = product(constants, constants) if kind == "clamped_swiglu" else [(0.0, 0.0)]
+        for alpha, limit in settings:
+            if (activation := Activation(kind=kind, alpha=alpha, limit=limit)).gated == gated:
+                yield activation
