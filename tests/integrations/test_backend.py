@@ -17,12 +17,12 @@ pytest.importorskip("moecc.codegen.x86")
 if torch.cuda.is_available():
     pytest.skip("these run on the CPU, where Triton would be the GPU's", allow_module_level=True)
 
-from tiny_models import FAMILIES, relative, tiny, tokens_of  # noqa: E402
-from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
+from tiny_models import FAMILIES, relative, tiny, tokens_of
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
 
-import moecc  # noqa: E402
-from moecc.integrations.dynamo.backend import compile_graph  # noqa: E402
+import moecc
+from moecc.integrations.dynamo.backend import compile_graph
 
 
 @pytest.fixture(autouse=True)
