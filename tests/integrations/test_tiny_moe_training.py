@@ -15,9 +15,9 @@ pytest.importorskip("moecc.codegen.x86")
 if torch.cuda.is_available():
     pytest.skip("this runs on the CPU, where Triton would be the GPU's", allow_module_level=True)
 
-from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
+from torch._dynamo.backends.debugging import aot_eager
 
-from moecc.integrations.dynamo.backend import compile_graph  # noqa: E402
+from moecc.integrations.dynamo.backend import compile_graph
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "tiny-moe" / "train.py"
 STEPS = 6
