@@ -89,7 +89,7 @@ def tensor(node: fx.Node) -> Tensor:
 def same_sizes(left: Sequence[int | torch.SymInt], right: Sequence[int | torch.SymInt]) -> bool:
     """Whether two shapes are equal for every token count: asks without adding a guard."""
     return len(left) == len(right) and all(
-        statically_known_true(cast(bool, a == b)) for a, b in zip(left, right, strict=True)
+        statically_known_true(a == b) for a, b in zip(left, right, strict=True)
     )
 
 
