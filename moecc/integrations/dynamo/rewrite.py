@@ -54,9 +54,11 @@ class Finding:
 def rewrite(root: fx.GraphModule) -> list[Finding]:
     """Rewrites the graph and those inside it (checkpointed regions are graphs of their own) in place."""
     findings = []
-    for module in root.modules():
-        if isinstance(module, fx.GraphModule):
-            found = [_rewrite_block(form, nodes) for form, nodes in list(products(module.graph))]
+    modules = [module for module in root.modules() if isinstance(module, fx.GraphModule)]
+    autocast = _has_autocast(modules)
+    for module in modules:
+        if blocks := list(products(module.graph)):
+            found = [_rewrite_block(form, nodes, autocast=autocast) for form, nodes in blocks]
             if any(finding.shape is not None for finding in found):
                 module.graph.lint()
                 module.recompile()
@@ -64,7 +66,13 @@ def rewrite(root: fx.GraphModule) -> list[Finding]:
     return findings
 
 
-def _rewrite_block(form: Form, nodes: Sequence[fx.Node]) -> Finding:
+def _has_autocast(modules: Sequence[fx.GraphModule]) -> bool:
+    """Whether autocast is on where the graph is called, or switched on inside."""
+    outside = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return outside or any(n.target is _enter_autocast for module in modules for n in module.graph.nodes)
+
+
+def _rewrite_block(form: Form, nodes: Sequence[fx.Node], *, autocast: bool) -> Finding:
     module, written_as = module_path(nodes[0]), operation(nodes[0])
     try:
         block = match_experts(form, nodes)
@@ -74,7 +82,7 @@ def _rewrite_block(form: Form, nodes: Sequence[fx.Node]) -> Finding:
         _require_unwritten(block, inside, rows)
     except UnmatchedError as reason:
         return Finding(module=module, form=written_as, reason=str(reason))
-    _replace(block)
+    _replace(block, autocast=autocast)
     _erase(inside)
     return Finding(module=module, form=written_as, shape=_shape(block))
 
@@ -133,14 +141,15 @@ def _require_unwritten(block: ExpertsBlock, inside: Sequence[fx.Node], rows: set
             memory |= storages(value for value in node.all_input_nodes if value not in rows)
 
 
-def _replace(block: ExpertsBlock) -> None:
+def _replace(block: ExpertsBlock, *, autocast: bool) -> None:
     graph, output = block.output.graph, block.output
     dtype, device = tensor(block.gate_up).dtype, tensor(block.x).device.type
     activation = block.gate.activation
     with graph.inserting_before(output):
         x = block.x if tensor(block.x).dtype == dtype else graph.call_method("to", (block.x, dtype))
-        # Autocast leaves products of experts in the type of their weights, and would cast those of the op.
-        no_autocast = graph.call_function(_enter_autocast, (device, None, False, None))
+        # Autocast leaves products of experts in the type of their weights, and would cast those of the op. Where there
+        # is none the graph stays without the switch, which AOTAutograd's cache does not take.
+        switched_off = autocast and graph.call_function(_enter_autocast, (device, None, False, None))
         replacement = graph.call_function(
             torch.ops.moecc.experts.default,
             (
@@ -158,7 +167,8 @@ def _replace(block: ExpertsBlock) -> None:
                 block.gate.interleaved,
             ),
         )
-        graph.call_function(_exit_autocast, (no_autocast,))
+        if switched_off:
+            graph.call_function(_exit_autocast, (switched_off,))
         if tensor(output).dtype != dtype:
             replacement = graph.call_method("to", (replacement, tensor(output).dtype))
     replacement.meta = dict(output.meta)
