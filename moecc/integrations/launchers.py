@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from moecc.autotune.training_defaults import training_configs
-from moecc.codegen.config import DTYPE_BYTES, LayerShape
+from moecc.codegen.config import DTYPE_BYTES, KernelConfigs, LayerShape
 from moecc.codegen.switches import freeze_configs, freeze_layer
 from moecc.codegen.targets import TARGETS
 from moecc.codegen.training import TrainingLauncher
@@ -64,10 +65,17 @@ def launcher_of(
         transposed=transposed,
         interleaved=interleaved,
     )
+    return TrainingLauncher(freeze_layer(shape), configs_for(shape, training_configs))
+
+
+def configs_for(
+    shape: LayerShape, make: Callable[[LayerShape, str], KernelConfigs]
+) -> dict[str, dict[str, Any]]:
+    """What `make` finds for every target for which anything fits, as a launcher takes it."""
     configs = {}
     for target in TARGETS:
         try:
-            configs[target] = freeze_configs(training_configs(shape, target))
+            configs[target] = freeze_configs(make(shape, target))
         except MoeccError:  # nothing fits this target, and the launcher says so where it is the one that runs
             continue
-    return TrainingLauncher(freeze_layer(shape), configs)
+    return configs

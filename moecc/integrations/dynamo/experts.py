@@ -55,8 +55,13 @@ class ExpertsBlock:
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
         """The tensors that enter it."""
-        tensors = (self.x, self.topk_ids, self.topk_weights, self.gate_up, self.down)
-        return (*tensors, *(bias for bias in (self.gate_up_bias, self.down_bias) if bias is not None))
+        return (self.x, self.topk_ids, self.topk_weights, *self.matrices)
+
+    @property
+    def matrices(self) -> tuple[fx.Node, ...]:
+        """The weights of the experts, with their biases."""
+        biases = (bias for bias in (self.gate_up_bias, self.down_bias) if bias is not None)
+        return (self.gate_up, self.down, *biases)
 
 
 @dataclass(frozen=True, kw_only=True)

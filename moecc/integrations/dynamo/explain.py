@@ -10,17 +10,30 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
+from moecc.integrations.block_ir import PASSES
 from moecc.integrations.dynamo.rewrite import Finding, rewrite
 
-COLUMNS = ("module", "form", "result", "tokens", "experts", "hidden x inner", "dtype", "activation", "layout")
+COLUMNS = (
+    "module",
+    "form",
+    "result",
+    "tokens",
+    "experts",
+    "hidden x inner",
+    "dtype",
+    "activation",
+    "layout",
+    "router",
+    "launches",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
     """blocks: one a block of experts, in the order of the model. breaks: why Dynamo ended a graph early, each once.
 
-    graphs: how many there are, one where nothing breaks. str() is a table, with the reason below each block that is
-    left to inductor.
+    graphs: how many there are, one where nothing breaks. str() is a table, with the reason below for each block, or
+    router of a block, that is left to inductor.
     """
 
     blocks: tuple[Finding, ...]
@@ -32,15 +45,27 @@ class Explanation:
         """How many blocks become an op of moecc."""
         return sum(block.shape is not None for block in self.blocks)
 
+    @property
+    def lifted(self) -> int:
+        """How many of those have their router in the op."""
+        return sum(block.layer is not None for block in self.blocks)
+
     def __str__(self) -> str:
         plural = "" if self.graphs == 1 else "s"
         head = f"{self.fused} of {len(self.blocks)} blocks fused; {self.graphs} graph{plural}"
+        passes = ", ".join([*(step.name for step in PASSES), "lower"])
+        lifted = [f"{self.lifted} lifted with the router, by the passes {passes}"] if self.lifted else []
         rows = [COLUMNS, *map(_cells, self.blocks)] if self.blocks else []
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         left = [f"{b.module}: left to inductor: {b.reason}" for b in self.blocks if b.reason is not None]
+        left += [
+            f"{b.module}: its router is left to inductor: {b.router_reason}"
+            for b in self.blocks
+            if b.router_reason
+        ]
         breaks = [f"graph break: {reason.splitlines()[0]}" for reason in self.breaks]
-        return "\n".join([head, *table, *left, *breaks])
+        return "\n".join([head, *lifted, *table, *left, *breaks])
 
 
 def _cells(block: Finding) -> tuple[str, ...]:
@@ -50,13 +75,15 @@ def _cells(block: Finding) -> tuple[str, ...]:
     return (
         block.module,
         block.form,
-        "fused",
+        "lifted" if block.layer else "fused",
         shape.tokens,
         f"{shape.experts} top-{shape.top_k}",
         f"{shape.hidden} x {shape.intermediate}",
         shape.dtype,
         shape.activation,
         shape.layout,
+        block.layer.router if block.layer else "",
+        block.layer.launches if block.layer else "",
     )
 
 

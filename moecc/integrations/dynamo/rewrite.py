@@ -10,18 +10,16 @@ from torch import fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 import moecc.integrations.experts_op  # noqa: F401 - registers the op, also for graphs that a cache brings
+from moecc.integrations.dynamo.boundary import closed_region, erase
 from moecc.integrations.dynamo.experts import ExpertsBlock, match_experts
 from moecc.integrations.dynamo.gemms import Form, products
 from moecc.integrations.dynamo.graph import (
     UnmatchedError,
     module_path,
     operation,
-    region,
-    require,
-    storages,
     tensor,
-    written,
 )
+from moecc.integrations.dynamo.lift import LiftedBlock, lift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +37,31 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What became of a layer that was lifted with its router. launches: how many kernels one call runs.
+
+    ir: the text behind the passes, which the op runs.
+    """
+
+    router: str
+    launches: str
+    ir: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """One block of a graph: either its shape, where it became an op of moecc, or the reason why it was left.
 
-    module: its path in the model, as far as the graph knows. form: how its products were written.
+    module: its path in the model, as far as the graph knows. form: how its products were written. layer: what became
+    of it where its router is part of the op; router_reason: why not, where the op is of its experts alone.
     """
 
     module: str
     form: str
     reason: str | None = None
     shape: Shape | None = None
+    layer: Layer | None = None
+    router_reason: str | None = None
 
 
 def rewrite(root: fx.GraphModule) -> list[Finding]:
@@ -76,15 +89,36 @@ def _rewrite_block(form: Form, nodes: Sequence[fx.Node], *, autocast: bool) -> F
     module, written_as = module_path(nodes[0]), operation(nodes[0])
     try:
         block = match_experts(form, nodes)
-        inside = region([block.output], block.inputs)
-        rows = _rows(block, inside)
-        _require_private(block, rows)
-        _require_unwritten(block, inside, rows)
+        inside = closed_region(block.inputs, block.output, hidden=[block.x])
     except UnmatchedError as reason:
         return Finding(module=module, form=written_as, reason=str(reason))
-    _replace(block, autocast=autocast)
-    _erase(inside)
-    return Finding(module=module, form=written_as, shape=_shape(block))
+    shape = _shape(block)
+    try:
+        lifted = lift(block, autocast=autocast)
+    except UnmatchedError as reason:
+        _replace(block, autocast=autocast)
+        erase(inside)
+        return Finding(module=module, form=written_as, shape=shape, router_reason=str(reason))
+    layer = _layer(lifted)
+    _replace_layer(lifted)
+    erase(lifted.inside)
+    return Finding(module=module, form=written_as, shape=shape, layer=layer)
+
+
+def _layer(lifted: LiftedBlock) -> Layer:
+    router = lifted.router
+    traits = {
+        "bias": lifted.router_bias is not None,
+        "correction bias": router.selection_bias,
+        f"{router.top_groups} of {router.groups} groups": router.groups > 1,
+        "normalized": router.normalize,
+        f"scale {router.scale:g}": router.scale != 1,
+    }
+    return Layer(
+        router=", ".join([router.score, *(name for name, is_so in traits.items() if is_so)]),
+        launches=" to ".join(map(str, lifted.launches)),
+        ir=lifted.ir,
+    )
 
 
 def _shape(block: ExpertsBlock) -> Shape:
@@ -105,40 +139,6 @@ def _shape(block: ExpertsBlock) -> Shape:
         activation=block.gate.activation.kind,
         layout=" ".join(name for name, is_so in traits.items() if is_so) or "natural",
     )
-
-
-def _rows(block: ExpertsBlock, inside: Sequence[fx.Node]) -> set[fx.Node]:
-    """What is computed from hidden states, as opposed to what follows from the routing alone."""
-    rows: set[fx.Node] = set()
-    for node in inside:
-        if rows.intersection(node.all_input_nodes) or block.x in node.all_input_nodes:
-            rows.add(node)
-    return rows
-
-
-def _require_private(block: ExpertsBlock, rows: set[fx.Node]) -> None:
-    """The rows of the products stay inside; what follows from the routing alone may be read by others too."""
-    for node in rows - {block.output}:
-        outside = [user.name for user in node.users if user not in rows]
-        require(not outside, f"{node.name}, which the op does not give, is read by {', '.join(outside)}")
-
-
-def _require_unwritten(block: ExpertsBlock, inside: Sequence[fx.Node], rows: set[fx.Node]) -> None:
-    """The op reads its tensors where the block ends, and what was evaluated is what stands there: nobody may write to
-    the former once the block has begun, nor to a value of the routing once the rows have met it.
-    """
-    memory: set[int] = set()
-    for node in block.output.graph.nodes:
-        if node is block.output:
-            return
-        if node is inside[0]:
-            memory |= storages(block.inputs)
-        target = written(node)
-        if target is not None:
-            is_read = bool(storages([target]) & memory)
-            require(not is_read, f"{target.name}, which the op reads, is written to by {node.name}")
-        if node in rows:
-            memory |= storages(value for value in node.all_input_nodes if value not in rows)
 
 
 def _replace(block: ExpertsBlock, *, autocast: bool) -> None:
@@ -175,15 +175,18 @@ def _replace(block: ExpertsBlock, *, autocast: bool) -> None:
     output.replace_all_uses_with(replacement)
 
 
-def _erase(inside: Sequence[fx.Node]) -> None:
-    """Erases what nobody reads now; values that are read elsewhere stay, and so do writes to them."""
-    within = set(inside)
-    kept = {node for node in inside if any(user not in within for user in node.users)}
-    size = -1
-    while size != len(kept):
-        size, memory = len(kept), storages(kept)
-        kept |= {source for node in kept for source in node.all_input_nodes if source in within}
-        kept |= {n for n in inside if (target := written(n)) is not None and storages([target]) & memory}
-    for node in reversed(inside):
-        if node not in kept and not node.users:
-            node.graph.erase_node(node)
+def _replace_layer(lifted: LiftedBlock) -> None:
+    block, graph, output = lifted.experts, lifted.experts.output.graph, lifted.experts.output
+    with graph.inserting_before(output):
+        biases = [
+            bias if bias is None or tensor(bias).ndim == 1 else graph.call_method("reshape", (bias, -1))
+            for bias in (lifted.router_bias, lifted.correction_bias)
+        ]
+        weights = (block.gate_up, block.down, block.gate_up_bias, block.down_bias)
+        replacement = graph.call_function(
+            torch.ops.moecc.moe_block.default, (block.x, lifted.gate, *biases, *weights, lifted.ir)
+        )
+        if tensor(output).dtype != tensor(block.x).dtype:
+            replacement = graph.call_method("to", (replacement, tensor(output).dtype))
+    replacement.meta = dict(output.meta)
+    output.replace_all_uses_with(replacement)
