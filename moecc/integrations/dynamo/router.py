@@ -106,8 +106,8 @@ def _sample(routed: Routed, bias: fx.Node | None, experts: int) -> _Sample:
         drawn = torch.randn(experts, generator=torch.Generator().manual_seed(0)).double()
         inputs[bias] = drawn.to(device).view(tensor(bias).shape)
     runs = []
-    for seed in range(-(-ROWS // max(rows, 1))):
-        logits = _logits(rows, experts, seed)
+    for seed in range(max(2, -(-ROWS // max(rows, 1)))):
+        logits = _logits(rows, experts, seed, drawn)
         runs.append((logits, *_run(routed, inputs | {routed.logits: logits.to(device).view(shape)}, sizes)))
     logits, ids, weights = map(torch.cat, zip(*runs, strict=True))
     return _Sample(logits, drawn, ids, weights)
@@ -119,13 +119,19 @@ def _run(routed: Routed, inputs: Mapping[fx.Node, Tensor], sizes: Sizes) -> tupl
     return ids.cpu().long(), weights.cpu().double()
 
 
-def _logits(rows: int, experts: int, seed: int) -> Tensor:
-    """[rows, experts] float64, distinct in a row, and no other in fp32: multiples of powers of two."""
+def _logits(rows: int, experts: int, seed: int, bias: Tensor | None) -> Tensor:
+    """[rows, experts] float64, distinct in a row, and no other in fp32: multiples of powers of two.
+
+    With an odd seed all tokens want the same experts, which tells a router with a bound on their load: those of the
+    smallest bias, so that scores that it makes large are small, and a bound on their sum counts.
+    """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(rows, experts, generator=generator).argsort(dim=1).double() - experts // 2
+    order = torch.rand(rows, experts, generator=generator).argsort(dim=1).double()
+    if seed % 2:
+        order = (order[0] if bias is None else -bias).argsort().argsort().double().expand_as(order)
     kinds = torch.tensor(SPREADS).double()[(torch.arange(rows) + seed) % len(SPREADS)]
     spread, middle = kinds[:, :1], kinds[:, 1:]
-    return order * torch.exp2(torch.floor(torch.log2(spread / experts))) + middle
+    return (order - experts // 2) * torch.exp2(torch.floor(torch.log2(spread / experts))) + middle
 
 
 def _selecting(numbers: Sequence[float], experts: int, top_k: int, *, has_bias: bool) -> Iterator[Router]:
