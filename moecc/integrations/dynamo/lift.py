@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, fx
 
 from moecc.codegen.config import DType, LayerShape
@@ -144,10 +143,8 @@ def _gate_weights(product: fx.Node, experts: ExpertsBlock) -> tuple[fx.Node, fx.
 def _require_exact(routed: Routed) -> None:
     """The kernels compute logits and scores in fp32. Where the graph rounds them, it may choose other experts."""
     logits, inputs = routed.logits, (routed.logits, *routed.hidden)
-    require(
-        tensor(logits).dtype == torch.float32,
-        f"its logits are {tensor(logits).dtype}, and the kernels', in fp32, may choose other experts",
-    )
+    dtype = str(tensor(logits).dtype).removeprefix("torch.")
+    require(dtype == "float32", f"its logits are {dtype}; the kernels', in fp32, may choose other experts")
     scores = {logits}
     for node in region([routed.topk_ids], inputs, until=routed.until):
         if scores.intersection(node.all_input_nodes):
