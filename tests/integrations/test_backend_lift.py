@@ -324,3 +324,34 @@ def test_the_op_has_no_gradient_and_takes_no_tokens() -> None:
     out = torch.ops.moecc.moe_block(x.requires_grad_(), *arguments)
     with pytest.raises(MoeccError, match="a whole layer has no gradient"):
         out.sum().backward()
+
+
+def test_a_checkpointed_layer_keeps_its_router_and_its_gradients() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer, inputs, found = layer_of(by_hand), tensors(), list[Finding]()
+    x, gate = (tensor.requires_grad_() for tensor in inputs[:2])
+    expected = torch.autograd.grad(layer(*inputs).square().sum(), [x, gate])
+    compiled = torch.compile(
+        lambda *a: checkpoint(layer, *a, use_reentrant=False), backend=backend_of(found), fullgraph=True
+    )
+    got = torch.autograd.grad(compiled(*inputs).square().sum(), [x, gate])
+    assert str(found[0].router_reason) == "gradients are wanted"
+    for actual, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_a_part_without_gradients_is_lifted_and_the_rest_is_not() -> None:
+    """What counts is where a layer stands, not where the graph is called."""
+
+    def both(*inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            without = layer_of(softmax_top_k)(*inputs)
+        return without + layer_of(by_hand)(*inputs)
+
+    inputs, found = tensors(), list[Finding]()
+    inputs[0].requires_grad_()
+    out = torch.compile(both, backend=backend_of(found), fullgraph=True)(*inputs)
+    assert [finding.router_reason for finding in found] == [None, "gradients are wanted"]
+    assert out.requires_grad
+    torch.testing.assert_close(out, both(*inputs), rtol=1e-4, atol=1e-4)

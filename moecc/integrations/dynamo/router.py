@@ -60,7 +60,7 @@ def recognise_router(routed: Routed, experts: int) -> Recognised:
     boundary = (routed.logits, *routed.hidden)
     inside = region([routed.topk_ids, routed.topk_weights], boundary, until=routed.until)
     bias = _correction_bias(inside, experts)
-    sample = _sample(routed, bias, experts)
+    sample = _sample(routed, inside, bias, experts)
     numbers = sorted({number for node in inside for number in _numbers(node)})
     for router in _selecting(numbers, experts, sample.ids.shape[1], has_bias=bias is not None):
         if (found := _weighting(router, numbers, sample)) is not None:
@@ -93,14 +93,16 @@ def _numbers(node: fx.Node) -> Iterator[float]:
         yield from visit(found)
 
 
-def _sample(routed: Routed, bias: fx.Node | None, experts: int) -> _Sample:
+def _sample(routed: Routed, inside: Sequence[fx.Node], bias: fx.Node | None, experts: int) -> _Sample:
     """The graph's ids and weights; where it is made for few tokens it is run again and again."""
     sizes = Sizes(SMALLEST)
     shape = tuple(map(sizes, tensor(routed.logits).shape))
     rows, device = math.prod(shape[:-1]), tensor(routed.logits).device
     inputs: dict[fx.Node, Tensor] = {}
-    for node in routed.hidden:  # nothing agrees with what would be computed from these
-        inputs[node] = torch.full(tuple(map(sizes, tensor(node).shape)), torch.nan, device=device).double()
+    named = {source for node in inside for source in node.all_input_nodes}
+    for node in named.intersection(routed.hidden):  # nothing agrees with what would be computed from these
+        size, dtype = tuple(map(sizes, tensor(node).shape)), tensor(node).dtype
+        inputs[node] = torch.full(size, torch.nan, dtype=dtype, device=device)
     drawn = None
     if bias is not None:
         drawn = torch.randn(experts, generator=torch.Generator().manual_seed(0)).double()
