@@ -72,7 +72,7 @@ def _gemms(name: str, best: KernelConfigs, shape: LayerShape, target: Target) ->
         return _distance(gemm, current), 0.0
 
     for gemm in sorted(gemm_space(current.block_m, name, shape, target), key=place):
-        yield replace(best, **{name: gemm})
+        yield replace(best, gate_up=gemm) if name == "gate_up" else replace(best, down=gemm)
 
 
 def _routers(name: str, best: KernelConfigs, shape: LayerShape, target: Target) -> Iterator[KernelConfigs]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as memoised
 from pathlib import Path
 from typing import Literal
@@ -66,11 +67,18 @@ def _chosen(shape: LayerShape, target: str, routing: str, settings: CacheSetting
     if isinstance(opened, str):
         return _default(shape, target, opened)
     cache, space = opened
-    for kind in dict.fromkeys((routing, UNIFORM)):
-        record = cache.get(space.key(shape, kind))
+    for form, kind in itertools.product(_equal_forms(shape), dict.fromkeys((routing, UNIFORM))):
+        record = cache.get(space.key(form, kind))
         if record is not None:
             return _tuned(record)
     return _default(shape, target, "not tuned on this device")
+
+
+def _equal_forms(shape: LayerShape) -> list[LayerShape]:
+    """Experts that get a routing made elsewhere, all of them here, run as those of a layer with its router."""
+    if shape.slots == shape.experts and not shape.received:
+        return [shape, replace(shape, slots=None)]
+    return [shape]
 
 
 def _tuned(record: Record) -> Choice:

@@ -115,7 +115,7 @@ class WorkerDevice:
     def _compile(self, configs: KernelConfigs, timeout_s: float) -> str:
         worker = self._idle.get() if not self._idle.empty() else None
         try:
-            worker = worker or self._start(only_compile=True)
+            worker = worker or self._start("compile")
             worker.ask("compile", configs, timeout_s=timeout_s)
             self.compiled += 1
             return ""
@@ -135,7 +135,7 @@ class WorkerDevice:
         """The process that measures, another one where a candidate ended it."""
         if self._measuring is None or not self._measuring.is_alive:
             try:
-                self._measuring = self._start(only_compile=False)
+                self._measuring = self._start("time")
             except CandidateError as error:
                 raise MoeccError(
                     f"the default config does not run: {error}",
@@ -144,14 +144,14 @@ class WorkerDevice:
                 ) from None
         return self._measuring
 
-    def _start(self, *, only_compile: bool) -> Worker:
+    def _start(self, purpose: str) -> Worker:
         task = {
             "shape": self.shape,
             "target": self.target,
             "default": self.default,
             "device": "cpu" if self.target == "x86" else "cuda",
             "shares": self.shares,
-            "only_compile": only_compile,
+            "purpose": purpose,
         }
         worker = Worker(task, {"TRITON_CACHE_DIR": str(self.kernels)}, self.module)
         self._started.append(worker)

@@ -1,7 +1,7 @@
 """The process in which candidates run: it may crash or hang, and then only a candidate is lost.
 
-Started by `moecc.autotune.device` with the descriptor of a socket. The first message holds the fields of `Task`; then it
-answers ("check", configs), ("time", configs, number) and ("compile", configs) with (result, problem).
+Started by `moecc.autotune.device` with the descriptor of a socket. The first message holds the fields of `Task`; then
+it answers ("check", configs), ("time", configs, number) and ("compile", configs) with (result, problem).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -32,32 +32,35 @@ DRAWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """shares: of the experts in the routing, empty for a uniform one. only_compile: allocates, and runs nothing."""
+    """shares: of the experts in the routing, empty for a uniform one.
+
+    purpose: to `compile` memory is only reserved and nothing runs, to `check` one copy of the weights suffices.
+    """
 
     shape: LayerShape
     target: str
     default: KernelConfigs
     device: str
     shares: tuple[float, ...] = ()
-    only_compile: bool = False
+    purpose: Literal["time", "check", "compile"] = "time"
 
 
 class Bench:
     """A layer with random weights, in as many copies as no cache holds, and routings that follow each other."""
 
     def __init__(self, task: Task) -> None:
-        self.task, shape = task, task.shape
+        self.task, shape, runs = task, task.shape, task.purpose != "compile"
         self.launchers: dict[KernelConfigs, Launcher] = {}
-        layer_bytes = 3 * shape.held_experts * shape.hidden * shape.intermediate * 2
-        copies = 1 if task.only_compile else min(max(PAST_CACHES // layer_bytes, 1), MAX_COPIES)
-        self.weights = [_weights(shape, task.device, filled=not task.only_compile) for _ in range(copies)]
         generator = torch.Generator().manual_seed(len(task.shares))
+        layer_bytes = 3 * shape.held_experts * shape.hidden * shape.intermediate * 2
+        copies = min(max(PAST_CACHES // layer_bytes, 1), MAX_COPIES) if task.purpose == "time" else 1
+        self.weights = [_weights(shape, task.device, generator if runs else None) for _ in range(copies)]
         self.draws = [
             draw_routing(shape, number, task.shares, generator, task.device)
-            for number in range(1 if task.only_compile else max(DRAWS, shape.experts // shape.top_k))
+            for number in range(max(DRAWS, shape.experts // shape.top_k) if runs else 1)
         ]
-        self.expected = None if task.only_compile else self._result(task.default)
-        self.calls = 1 if task.only_compile else self._calls()
+        self.expected = self._result(task.default) if runs else []
+        self.calls = self._calls() if task.purpose == "time" else 1
 
     def compile(self, configs: KernelConfigs) -> None:
         """Into Triton's cache; what takes long, and nothing runs."""
@@ -65,7 +68,7 @@ class Bench:
 
     def check(self, configs: KernelConfigs) -> str:
         """What is wrong with the result, or ""."""
-        found = map(relative_difference, self._result(configs), self.expected or ())
+        found = map(relative_difference, self._result(configs), self.expected)
         wrong = [difference for difference in found if not difference <= TOLERANCE[self.task.shape.dtype]]
         return f"its result differs by {wrong[0]:.1e} from that of the default config" if wrong else ""
 
@@ -110,7 +113,7 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def _weights(shape: LayerShape, device: str, *, filled: bool) -> dict[str, torch.Tensor]:
+def _weights(shape: LayerShape, device: str, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
     dtype = getattr(torch, shape.dtype)
     held, hidden, inner = shape.held_experts, shape.hidden, shape.intermediate
     sizes: dict[str, tuple[int, ...]] = {
@@ -127,17 +130,20 @@ def _weights(shape: LayerShape, device: str, *, filled: bool) -> dict[str, torch
         floats |= {"gate_up_bias": (held, 2 * inner), "down_bias": (held, hidden)}
     made = {name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()}
     made |= {name: torch.empty(size, device=device) for name, size in floats.items()}
-    if filled:
+    if generator:
         for tensor in made.values():
-            _fill(tensor)
+            _fill(tensor, generator)
     return made
 
 
-def _fill(tensor: torch.Tensor) -> None:
+def _fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
     """Normal with variance 1 / inputs, a block again and again: drawing all would take longer than tuning."""
     flat = tensor.view(-1)
-    block = (torch.randn(min(flat.numel(), 1_000_003)) * tensor.shape[-1] ** -0.5).to(tensor)
-    for part in flat.split(len(block)):
+    block = (torch.randn(min(flat.numel(), 1_000_003), generator=generator) * tensor.shape[-1] ** -0.5).to(
+        tensor
+    )
+    for start in range(0, flat.numel(), len(block)):
+        part = flat[start : start + len(block)]
         part.copy_(block[: len(part)])
 
 
@@ -166,7 +172,7 @@ def _compile_only() -> None:
 def main(descriptor: int) -> None:
     connection: Connection[Any, Any] = Connection(descriptor)
     task = Task(**connection.recv())
-    if task.only_compile:
+    if task.purpose == "compile":
         _compile_only()
     bench = Bench(task)
     connection.send((None, ""))

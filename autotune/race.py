@@ -2,8 +2,8 @@
 
 Every runner is timed once a round, and what counts is its time over that of the default config in the same round: what
 slows the machine for longer than a round slows both. After each heat the slower half is out (successive halving), and
-who is behind the best of earlier races, but nobody that the spread does not tell from the best. A runner's time is the median of its ratios times the
-default's time, so that heats, and runs of the tuner, have one scale.
+who is behind the best of earlier races, but nobody that the spread does not tell from the best. A runner's time is
+the median of its ratios times the default's time, so that heats, and runs of the tuner, have one scale.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def race(
 ) -> Iterator[list[Runner]]:
     """All runners after each heat. Whoever is not `running` any more has left with an outcome.
 
-    bar: the best ratio that an earlier race found. number: of the first round; rounds draw data by their numbers. is_over: ends the race after a round; who has run
-    less than all rounds is `stopped` then.
+    bar: the best ratio that an earlier race found. number: of the first round; rounds draw data by their numbers.
+    is_over: ends the race after a round; who has run less than all rounds is `stopped` then.
     """
     runners = [Runner(configs=configs) for configs in candidates]
     done = 0

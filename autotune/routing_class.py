@@ -18,13 +18,8 @@ def shares_of(routings: Sequence[Routing]) -> tuple[float, ...]:
 
     Sorted before they are averaged: experts that are favourites in different layers are favourites all the same.
     """
-    shares = []
-    for routing in routings:
-        for layer in range(routing.layers):
-            counts = np.bincount(routing.topk_ids[:, layer].ravel(), minlength=routing.num_experts)
-            if counts.sum():
-                shares.append(np.sort(counts)[::-1] / counts.sum())
-    return tuple(float(share) for share in np.mean(shares, axis=0)) if shares else ()
+    layers = [np.sort(routing.loads())[:, ::-1] for routing in routings if len(routing.topk_ids)]
+    return tuple(float(share) for share in np.concatenate(layers).mean(axis=0)) if layers else ()
 
 
 def routing_class(shares: Sequence[float]) -> str:

@@ -121,7 +121,8 @@ def gemm_space(block_m: int, kernel: str, shape: LayerShape, target: Target) -> 
 
 
 def row_tiles(shape: LayerShape, target: Target) -> list[int]:
-    """`block_m` of the two GEMMs, around an expert's expected rows: a quarter (skew leaves most experts with less) to eight times."""
+    """`block_m` of both GEMMs, around an expert's expected rows: from a quarter (skew leaves most experts with less) to
+    eight times."""
     least, most = (1, 128) if target.backend == "x86" else (16, 256)
     expected = _power_from(shape.rows_per_expert)
     low, high = min(max(expected // 4, least), most), min(max(expected * 8, least), most)

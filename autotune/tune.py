@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from moecc.autotune.cache import Cache
 from moecc.autotune.candidates import next_candidates
@@ -144,7 +144,7 @@ class Tuning:
                     key=self.key,
                     environment=self.cache.environment.hash,
                     measured=(*measured, *kept),
-                    baseline_us=baseline_us or (self.record and self.record.baseline_us),
+                    baseline_us=baseline_us or (self.record.baseline_us if self.record else None),
                     date=now(),
                     tools=self.tools,
                 )

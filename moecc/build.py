@@ -7,7 +7,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from moecc.autotune.defaults import default_configs
+from moecc.autotune.binaries import Binaries
+from moecc.autotune.cache_settings import read_settings
+from moecc.autotune.choose import choose
+from moecc.autotune.layer_configs import UNIFORM
 from moecc.codegen.aot import CompiledKernel, Job, compile_batch
 from moecc.codegen.emit import emit_module
 from moecc.codegen.frozen import call_bytes, kernel_sequence
@@ -22,33 +25,63 @@ WORKERS = 2  # compiler processes at once, about 0.5 GB each
 
 @dataclass(frozen=True)
 class BuiltKernels:
-    """files: artifact path -> content. table: one row for each kernel and target, as the report shows them."""
+    """files: artifact path -> content. table: one row for each kernel and target, as the report shows them.
+
+    configs: one row for each set and target, whether its configs are tuned or the default, and why.
+    compiled, reused: kernels that were compiled now, and those that an earlier compile has left.
+    """
 
     files: dict[str, str | bytes] = field(default_factory=dict)
     table: list[dict[str, Any]] = field(default_factory=list)
+    configs: list[dict[str, Any]] = field(default_factory=list)
+    compiled: int = 0
+    reused: int = 0
 
 
 def build_kernels(
-    sets: Sequence[KernelSet], targets: Sequence[str], progress: Callable[[str, int, int], None]
+    sets: Sequence[KernelSet],
+    targets: Sequence[str],
+    progress: Callable[[str, int, int], None],
+    *,
+    routing: str = UNIFORM,
 ) -> BuiltKernels:
-    """Emits every set with the default configs of the targets, of x86 and of the interpreter, which run it where no
-    GPU is, and compiles it for each target.
+    """Emits every set with the configs that were tuned for a routing of that class, or the default ones, for the
+    targets and for x86 and the interpreter, which run it where no GPU is, and compiles it for each target.
 
     Raises InputError for a shape that a target cannot run, MoeccError where Triton fails.
     """
-    built = BuiltKernels()
+    configs_of_sets: list[dict[str, Any]] = []
+    files: dict[str, str | bytes] = {}
     jobs: list[tuple[KernelSet, Job]] = []
     for kernels in sets:
-        configs = {target: default_configs(kernels.shape, target) for target in (*targets, *HOSTS)}
-        built.files[kernels.file] = emit_module(kernels.shape, configs, kernels.name)
+        chosen = {
+            target: choose(kernels.shape, target, routing=routing)
+            for target in dict.fromkeys((*targets, *HOSTS))
+        }
+        configs = {target: choice.configs for target, choice in chosen.items()}
+        configs_of_sets.extend(
+            {"set": kernels.name, "target": target, **choice.provenance()}
+            for target, choice in chosen.items()
+        )
+        files[kernels.file] = emit_module(kernels.shape, configs, kernels.name)
         for target in targets:
             sequence = kernel_sequence(freeze_configs(configs[target]), kernels.shape.expert_tokens)
             jobs += [
                 (kernels, Job(shape=kernels.shape, configs=configs[target], target=target, kernels=(name,)))
                 for name in _needed(kernels.entry, sequence)
             ]
-    for (kernels, job), compiled in zip(jobs, _compiled([job for _, job in jobs], progress), strict=True):
-        _add(built, kernels, job.target, compiled)
+    store = Binaries.of(read_settings().folder)
+    found = {index: kernel for index, (_, job) in enumerate(jobs) if (kernel := store.get(job))}
+    missing = [index for index in range(len(jobs)) if index not in found]
+    for index, kernel in zip(missing, _compiled([jobs[i][1] for i in missing], progress), strict=True):
+        found[index] = kernel
+        store.put(jobs[index][1], kernel)
+    store.prune()
+    built = BuiltKernels(
+        files=files, configs=configs_of_sets, compiled=len(missing), reused=len(jobs) - len(missing)
+    )
+    for index, (kernels, job) in enumerate(jobs):
+        _add(built, kernels, job.target, found[index])
     return built
 
 
@@ -76,7 +109,7 @@ def _call_bytes(kernels: KernelSet, target: str) -> int:
     travelling = 2 * (shape.received or 0) * shape.hidden * element
     return travelling + call_bytes(
         freeze_layer(shape),
-        freeze_configs(default_configs(shape, target)),
+        freeze_configs(choose(shape, target).configs),
         tokens=shape.expert_tokens,
         experts=shape.held_experts,
         shared=shape.shared,

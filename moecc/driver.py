@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moecc.artifact import Artifact, check_destination, sha256, write_artifact
+from moecc.autotune.routing_class import routing_class, shares_of
 from moecc.build import build_kernels, workspace_bytes
 from moecc.codegen.layers import kernel_sets
 from moecc.codegen.targets import find_target
@@ -61,7 +62,8 @@ def compile_model(
     run_passes(module, PIPELINE, Context(workloads=routings, progress=progress), keep)
     memory = device_memory_use(module, cluster.device, workspace_bytes(module, targets))
     _require_fit(memory, spec)
-    built = build_kernels(kernel_sets(module), targets, progress)
+    routing = routing_class(shares_of(routings))
+    built = build_kernels(kernel_sets(module), targets, progress, routing=routing)
     figures = report(module, cluster, memory, built, seconds=lambda: time.monotonic() - started)
     files |= built.files
     files |= {

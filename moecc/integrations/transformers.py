@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from moecc.autotune.defaults import default_configs
+from moecc.autotune.checking import choose_checked
 from moecc.codegen.config import DTYPE_BYTES, DType, LayerShape
 from moecc.codegen.launcher import Launcher
 from moecc.codegen.switches import freeze_configs, freeze_layer
@@ -95,8 +95,9 @@ def experts_forward(
 def _launcher(
     sizes: tuple[int, int, int, int], tokens: int, dtype: DType, activation: Activation, has_bias: bool
 ) -> Launcher:
-    """A launcher with the default configs for `tokens`; sizes: hidden, intermediate, experts, top_k.
+    """A launcher with the configs that were tuned for `tokens`, or the default ones.
 
+    sizes: hidden, intermediate, experts, top_k.
     Configs are made for every target that has some: the launcher knows which one it runs on.
     """
     hidden, intermediate, experts, top_k = sizes
@@ -114,7 +115,7 @@ def _launcher(
     configs = {}
     for target in TARGETS:
         try:
-            configs[target] = freeze_configs(default_configs(shape, target))
+            configs[target] = freeze_configs(choose_checked(shape, target).configs)
         except MoeccError:  # nothing fits this target, and the launcher says so where it is the one that runs
             continue
     return Launcher(freeze_layer(shape), configs)

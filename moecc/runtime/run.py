@@ -33,7 +33,7 @@ class RunResult:
     """What `moecc run` reports; errors are None without a check.
 
     devices: ranks whose shares were computed, in turn, in this process. launches: of all ranks together.
-    time_ms: one call on all ranks together, weights in place.
+    time_ms: one call on all ranks together, weights in place. configs: where the kernels' configs come from.
     """
 
     function: str
@@ -43,6 +43,7 @@ class RunResult:
     launches: int
     devices: int
     time_ms: float
+    configs: str
     relative_error: float | None = None
     max_abs_error: float | None = None
     selection_error: float | None = None
@@ -119,6 +120,7 @@ def run_artifact(artifact: Artifact, *, tokens: int, check: bool, seed: int = 0)
         launches=done.launches,
         devices=layer.ranks.devices if layer.ranks else 1,
         time_ms=(time.perf_counter() - start) * 1e3,
+        configs=layer.kernels.configs,
     )
     return _checked(result, layer, x, done) if check else result
 
