@@ -30,9 +30,8 @@ def run_command(
         where = {"interpret": "Triton's interpreter on the host", "x86": "native on the CPU"}.get(
             result.backend, result.device
         )
-        typer.echo(
-            f"{result.function}: {result.tokens} tokens{ranks}, {result.time_ms:.1f} ms ({where}), configs {result.configs}"
-        )
+        typer.echo(f"{result.function}: {result.tokens} tokens{ranks}, {result.time_ms:.1f} ms ({where})")
+        typer.echo(f"configs: {result.configs}")
     if result.passed is None or as_json:
         _fail_unless(result.passed)
         return
