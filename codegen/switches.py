@@ -30,9 +30,16 @@ def freeze_layer(shape: LayerShape) -> Layer:
             "NORM_EPS": router.norm_eps,
             "NORM_MIN": router.norm_min,
             "SCALE": router.scale,
+            "JITTER": router.jitter,
             "HAS_ROUTER_BIAS": shape.has_router_bias,
         },
-        activation={"ACTIVATION": activation.kind, "ALPHA": activation.alpha, "LIMIT": activation.limit},
+        activation={
+            "ACTIVATION": activation.function,
+            "GATED": activation.gated,
+            "ALPHA": activation.alpha,
+            "LIMIT": activation.limit,
+        },
+        layout={"TRANSPOSED": shape.transposed, "INTERLEAVED": shape.interleaved},
     )
 
 
@@ -43,4 +50,4 @@ def freeze_configs(configs: KernelConfigs) -> dict[str, dict[str, Any]]:
         options = ("num_warps", "num_stages")
         return {name if name in options else name.upper(): value for name, value in vars(config).items()}
 
-    return {name: table(getattr(configs, name)) for name in ("router", "gate_up", "down", "combine")}
+    return {name: table(config) for name, config in configs.by_kernel.items()}

@@ -31,17 +31,20 @@ class RouterFields(_Strict):
     norm_eps: NotNegative = 0.0
     norm_min: NotNegative = 0.0
     scale: Positive = 1.0
+    jitter: NotNegative = 0.0
 
 
 class ActivationFields(_Strict):
     kind: ActivationKind
     alpha: Positive = 1.702
     limit: Positive = 7.0
+    gated: bool = True
 
 
 class SharedExpertsFields(_Strict):
     count: Count
     intermediate_size: Size | None = None
+    gated: bool = False
 
 
 class AttentionFields(_Strict):

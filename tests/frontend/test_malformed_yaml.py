@@ -206,8 +206,8 @@ CASES: dict[str, tuple[str | bytes, str]] = {
         "8:10: dtype cannot be the string 'fp8'; hint: known: bfloat16, float16, float32",
     ),
     "activation": (
-        edit("  router", "  activation: silu\n  router"),
-        "8:15: activation cannot be the string 'silu'; hint: did you mean 'silu_glu'?",
+        edit("  router", "  activation: silu_gl\n  router"),
+        "8:15: activation cannot be the string 'silu_gl'; hint: did you mean 'silu_glu'?",
     ),
     "bias": (
         edit("{score: softmax}", "{bias: true}"),
@@ -248,6 +248,23 @@ CASES: dict[str, tuple[str | bytes, str]] = {
         "8:26: select_first scores the selected logits only: groups, selection bias and normalize do not apply; "
         "hint: remove them, or remove select_first",
     ),
+    "sparsemixer with groups": (
+        edit("{score: softmax}", "{score: sparsemixer, groups: 2, top_groups: 1}"),
+        "8:19: sparsemixer takes experts by their logits alone: select_first, selection bias and groups do not apply; "
+        "hint: remove them, or use another score",
+    ),
+    "sparsemixer normalised": (
+        edit("{score: softmax}", "{score: sparsemixer, normalize: true}"),
+        "8:43: sparsemixer's weights are never normalised; hint: remove normalize",
+    ),
+    "idle jitter": (
+        edit("{score: softmax}", "{score: softmax, jitter: 0.01}"),
+        "8:36: jitter has no effect on softmax; hint: write score: sparsemixer",
+    ),
+    "two experts behind a gate": (
+        edit("  router", "  shared_experts: {count: 2, gated: true}\n  router"),
+        "8:37: a gate weights one shared expert, not 2; hint: write count: 1 and the width of all, or remove gated",
+    ),
     "idle norm_eps": (
         edit("{score: softmax}", "{norm_eps: 1e-20}"),
         "8:22: norm_eps has no effect without normalize; hint: add normalize: true",
@@ -255,6 +272,14 @@ CASES: dict[str, tuple[str | bytes, str]] = {
     "idle limit": (
         edit("  router", "  activation: {kind: silu_glu, limit: 7}\n  router"),
         "8:39: limit has no effect on silu_glu; hint: remove it, or write kind: clamped_swiglu",
+    ),
+    "no gate by a slip": (
+        edit("  router", "  activation: silu\n  router"),
+        "8:15: experts with silu have no gate; hint: write silu_glu, or {kind: silu, gated: false}",
+    ),
+    "no gate nor its product": (
+        edit("  router", "  activation: {kind: silu_glu, gated: false}\n  router"),
+        "8:15: experts with silu_glu have a gate; hint: remove gated: false",
     ),
     "dense layer outside": (
         edit("moe_layers: 3", "moe_layers: 3\n  dense_layers: [4]"),
