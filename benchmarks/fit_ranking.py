@@ -33,6 +33,8 @@ from moecc.autotune.space import fused_moe_tiles
 
 FOLDS, WIDTH, INNER = 5, 32, 16
 EPOCHS, BATCH, RATE, DECAY = 12, 128, 1e-2, 1e-2
+BLUR = 0.1  # noise on the context's figures: the files do not say hidden size and top_k
+NAMELESS = 0.3  # part of each batch without its architecture's flags, so that figures carry over
 HEAD_STEPS, HEAD_DECAY = 300, 1e-4
 OUTPUT = Path(__file__).resolve().parents[1] / "autotune" / "data" / "ranking.json"
 Ints = NDArray[np.int64]
@@ -43,12 +45,15 @@ class Choices:
     """context [entries, features], tiles [entries, tiles, features], valid [entries, tiles], chosen [entries].
 
     An entry whose tile is not in the space has chosen -1: it is never fitted and always a miss.
+    architectures, figures: the features of the context that are flags of one, and those that are no flags at all.
     """
 
     context: Tensor
     tiles: Tensor
     valid: Tensor
     chosen: Tensor
+    architectures: list[int]
+    figures: list[int]
 
 
 class Network(nn.Module):
@@ -68,6 +73,7 @@ class Network(nn.Module):
 def choices(entries: list[Entry]) -> Choices:
     spaces = [fused_moe_tiles(entry.shape.precision, entry.board) for entry in entries]
     most = max(map(len, spaces))
+    names = context_features(entries[0].shape, entries[0].board)
     contexts, tiles, valid, chosen = [], [], [], []
     for entry, space in zip(entries, spaces, strict=True):
         contexts.append(list(context_features(entry.shape, entry.board).values()))
@@ -80,6 +86,8 @@ def choices(entries: list[Entry]) -> Choices:
         torch.from_numpy(np.stack(tiles)),
         torch.from_numpy(np.stack(valid)),
         torch.tensor(chosen),
+        [index for index, name in enumerate(names) if name.startswith(("is sm_", "is gfx"))],
+        [index for index, name in enumerate(names) if name.startswith(("log", "top_k"))],
     )
 
 
@@ -94,7 +102,10 @@ def fit(data: Choices, rows: Ints) -> Network:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     for _ in range(EPOCHS):
         for batch in known[torch.randperm(len(known))].split(BATCH):
-            scores = network(data.context[batch], data.tiles[batch], data.valid[batch])
+            context = data.context[batch]
+            context[:, data.figures] += BLUR * torch.randn(len(batch), len(data.figures))
+            context[: int(NAMELESS * len(batch)), data.architectures] = 0.0
+            scores = network(context, data.tiles[batch], data.valid[batch])
             optimizer.zero_grad()
             nn.functional.cross_entropy(scores, data.chosen[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -50,7 +50,7 @@ def test_predictions_with_their_error(moecc: Any) -> None:
 def test_what_is_not_calibrated_says_so(moecc: Any) -> None:
     found = as_json(moecc("predict", "--device", "h100-sxm", *LAYER, "--kernel", "moecc", "--json"))
     assert found["predictions"][0]["error_pct"] is None
-    assert found["notes"] == ["no measurement backs predictions of moecc's own kernels on a GPU"]
+    assert found["notes"] == ["no measurement backs predictions of moecc's own kernels"]
     code, output, errors = moecc("predict", "--device", "h200-sxm", *LAYER, "--no-gated")
     assert code == 0
     assert "vLLM's Triton fused_moe on h200-sxm, balanced routing, predicted" in output

@@ -29,6 +29,9 @@ LACKING = (
     "the files say neither hidden size nor top_k: a config may have been tuned for another layer "
     "with as many experts of that width"
 )
+Rows = dict[int, tuple[Record, str]]
+"""By token count a record and the version of Triton."""
+
 _VERSION_FOLDER = re.compile(r"triton_(\d+)_(\d+)_(\d+)")
 
 
@@ -59,32 +62,39 @@ def write_files(store: Source, path: Path, engine: Engine) -> list[str]:
 
     Of several records for one token count of one file the latest is written.
     """
-    notes, known = [LACKING], environments(store)
-    chosen: dict[tuple[str, TunedName], dict[int, tuple[Record, str]]] = defaultdict(dict)
-    others: Counter[str] = Counter()
-    rivals = 0
-    for found in scan(store):
-        environment = known.get(found.environment)
-        if found.record is None or not isinstance(environment, Environment):
-            notes.append(f"{found.name}: {found.problem or 'its environment has no manifest'}")
-            continue
-        if found.record.key.kernel != engine.kernel:
-            others[found.record.key.kernel] += 1
-            continue
-        folder = _folder(environment.triton) if engine.by_version else ""
-        rows = chosen[folder, _name(found.record.key, environment.device)]
-        rival = rows.get(found.record.key.tokens)
-        rivals += rival is not None
-        if rival is None or rival[0].date <= found.record.date:
-            rows[found.record.key.tokens] = found.record, environment.triton
-    for (folder, name), rows in chosen.items():
+    notes = [LACKING]
+    for (folder, name), rows in _chosen(store, engine, notes).items():
         target = path / folder / name.file_name(space=engine.space)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, _file(name, rows, by_version=engine.by_version).content())
+    return notes
+
+
+def _chosen(store: Source, engine: Engine, notes: list[str]) -> dict[tuple[str, TunedName], Rows]:
+    """By folder and name. What hostile entries would write elsewhere has no name of a file and is left out."""
+    chosen: dict[tuple[str, TunedName], Rows] = defaultdict(dict)
+    others: Counter[str] = Counter()
+    known, rivals = environments(store), 0
+    for found in scan(store):
+        record, environment = found.record, known.get(found.environment)
+        if record is None or not isinstance(environment, Environment):
+            notes.append(f"{found.name}: {found.problem or 'its environment has no manifest'}")
+            continue
+        if record.key.kernel != engine.kernel:
+            others[record.key.kernel] += 1
+            continue
+        name = _name(record.key, environment.device)
+        if parse_name(name.file_name()) != name:
+            notes.append(f"{found.name}: device and precision make no name of a file")
+            continue
+        rows = chosen[_folder(environment.triton) if engine.by_version else "", name]
+        rival = rows.get(record.key.tokens)
+        rivals += rival is not None
+        if rival is None or rival[0].date <= record.date:
+            rows[record.key.tokens] = record, environment.triton
     notes += [f"left out: {count} records of kernel {kernel}" for kernel, count in sorted(others.items())]
-    return notes + (
-        [f"{rivals} records have an equal key in the files: the latest are written"] if rivals else []
-    )
+    notes += [f"{rivals} records have an equal key in the files: the latest are written"] if rivals else []
+    return chosen
 
 
 def _found(path: Path, notes: list[str]) -> Iterator[tuple[TunedFile, str]]:
@@ -184,7 +194,7 @@ def _name(key: Key, device: str) -> TunedName:
     )
 
 
-def _file(name: TunedName, rows: dict[int, tuple[Record, str]], *, by_version: bool) -> TunedFile:
+def _file(name: TunedName, rows: Rows, *, by_version: bool) -> TunedFile:
     """Where folders stand for versions, files say none; else only one that all rows share."""
     versions = {triton for _, triton in rows.values()}
     stated = len(versions) == 1 and NOT_STATED not in versions and not by_version

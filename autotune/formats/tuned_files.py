@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moecc.autotune.canonical import Scalar, parse
+from moecc.autotune.canonical import Scalar, is_scalar, parse
+from moecc.autotune.key import MAX_FIELDS
 from moecc.autotune.record import Config
 from moecc.errors import InputError
 
@@ -21,8 +22,8 @@ VERSION_FIELD = "triton_version"
 MAX_FILE_BYTES = 1 << 20
 
 _NAME = re.compile(
-    r"E=(?P<experts>[1-9]\d*),N=(?P<intermediate>[1-9]\d*),device_name=(?P<device>[^,]+?)"
-    r"(?:,dtype=(?P<dtype>[^,]+?))?"
+    r"E=(?P<experts>[1-9]\d*),N=(?P<intermediate>[1-9]\d*),device_name=(?P<device>[^,/\\\\]+?)"
+    r"(?:,dtype=(?P<dtype>[^,/\\\\]+?))?"
     r"(?:,block_shape=\[(?P<block_n>\d+), ?(?P<block_k>\d+)\])?"
     r"(?P<per_channel>,per_channel_quant=True)?"
     r"(?:,backend=(?P<backend>\w+?))?"
@@ -120,6 +121,7 @@ def _tokens(text: str, name: str) -> int:
 
 
 def _config(tokens: str, value: object, name: str) -> dict[str, Scalar]:
-    if not isinstance(value, dict) or not value or any(isinstance(x, (dict, list)) for x in value.values()):
+    flat = isinstance(value, dict) and all(map(is_scalar, (*value, *value.values())))
+    if not isinstance(value, dict) or not flat or not 0 < len(value) <= MAX_FIELDS:
         raise InputError(f"the config of {tokens} tokens is no flat object", where=name, hint=_HINT)
     return value

@@ -21,6 +21,7 @@ from moecc.cli.layer_options import (
 )
 
 if TYPE_CHECKING:
+    from moecc.hardware import DeviceSpec
     from moecc.hardware.routed_layer import Kernel, RoutedLayer
 
 
@@ -70,17 +71,18 @@ def predict_command(
     if as_json:
         typer.echo(json.dumps({"predictions": rows, "notes": [note] if note else []}, indent=1))
         return
-    _print(layer, device, rows, note)
+    _print(layer, spec, rows, note)
 
 
-def _print(layer: RoutedLayer, device: str, rows: list[dict[str, Any]], note: str | None) -> None:
+def _print(layer: RoutedLayer, spec: DeviceSpec, rows: list[dict[str, Any]], note: str | None) -> None:
     from moecc.cli.tables import plain_table, print_titled, wide_console
 
     table = plain_table("tokens", "latency us", "median held-out error %")
     for row in rows:
         error = "-" if row["error_pct"] is None else f"{row['error_pct']:g}"
         table.add_row(str(row["tokens"]), f"{row['latency_us']:.1f}", error)
-    kernel = "vLLM's Triton fused_moe" if layer.kernel == "vllm" else "moecc's kernels"
-    print_titled(wide_console(), f"{kernel} on {device}, {layer.routing} routing, predicted", table)
+    vllm = "vLLM's CPU ops" if spec.target == "x86" else "vLLM's Triton fused_moe"
+    kernel = vllm if layer.kernel == "vllm" else "moecc's kernels"
+    print_titled(wide_console(), f"{kernel} on {spec.name}, {layer.routing} routing, predicted", table)
     if note:
         typer.echo(f"note: {note}", err=True)

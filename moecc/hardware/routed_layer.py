@@ -32,7 +32,8 @@ class RoutedLayer:
     """experts, intermediate: of the whole layer; tp ranks share each expert's columns, ep ranks the experts.
 
     routing: "balanced", or "power_law_A": the experts' shares are quantiles of a power law of exponent A.
-    kernel: "vllm" is vLLM's Triton fused_moe, which there are measurements of; "moecc" are moecc's own.
+    kernel: "vllm" is vLLM's Triton fused_moe, on a CPU the faster of its ops, which there are measurements of;
+    "moecc" are moecc's own.
     Raises InputError for what no such layer has, naming the flag of the command line.
     """
 
@@ -89,7 +90,8 @@ def layer_latency_us(layer: RoutedLayer, tokens: int, device: DeviceSpec) -> flo
     work = _work(layer, tokens)
     if layer.kernel == "moecc":
         return _moecc_us(work, device)
-    unsorted = layer.ep == 1 and 4 * tokens * layer.top_k <= layer.experts and work.dtype != "fp8"
+    few = layer.ep == 1 and 4 * tokens * layer.top_k <= layer.experts
+    unsorted = few and work.dtype != "fp8" and device.target != "x86"
     return latency_us(work, Cluster(device=device)) - (_UNSORTED_SAVES_US if unsorted else 0.0)
 
 
@@ -105,7 +107,7 @@ def why_uncalibrated(layer: RoutedLayer, device: DeviceSpec) -> str | None:
     if held_out_error_pct(layer, device) is not None:
         return None
     if layer.kernel != "vllm":
-        return "no measurement backs predictions of moecc's own kernels on a GPU"
+        return "no measurement backs predictions of moecc's own kernels"
     if not device.error_pct:
         return f"{device.name} is uncalibrated: datasheet figures, efficiencies of another device"
     if layer.routing != BALANCED:

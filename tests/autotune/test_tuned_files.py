@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from moecc.autotune.formats import find_format
 from moecc.autotune.formats.tuned_files import TunedFile, TunedName, parse_file, parse_name
 from moecc.autotune.record import Measurement, merge
 from moecc.autotune.remotes.folder import Folder
-from moecc.autotune.sharing import scan
+from moecc.autotune.sharing import add_manifest, add_record, read_record, scan
 from moecc.cli import main
 from moecc.errors import InputError
 
@@ -136,8 +138,6 @@ def test_sglangs_folders_are_versions_of_triton(tmp_path: Path) -> None:
 
 def test_of_equal_keys_the_latest_is_written(tmp_path: Path) -> None:
     """Two layers of different hidden size meet in one file, which does not say it."""
-    from dataclasses import replace
-
     local = tmp_path / "cache"
     for hidden, block_m, date in ((2048, 16, "2026-01-03"), (4096, 32, "2026-01-02")):
         one = replace(key(16), kernel="vllm.fused_moe", hidden=hidden)
@@ -147,6 +147,18 @@ def test_of_equal_keys_the_latest_is_written(tmp_path: Path) -> None:
     assert notes[1:] == ["1 records have an equal key in the files: the latest are written"]
     name = f"E=128,N=768,device_name={ENVIRONMENT.device.replace(' ', '_')}.json"
     assert contents(tmp_path / "out") == {name: {"triton_version": "3.7.1", "16": CONFIG}}
+
+
+@pytest.mark.parametrize("device", ["../../../x", "a/b", "a,b", "x\\y"])
+def test_names_that_lead_elsewhere_write_nothing(device: str, tmp_path: Path) -> None:
+    store = Folder(tmp_path / "cache")
+    environment = replace(ENVIRONMENT, device=device)
+    add_manifest(store, environment)
+    hostile = replace(record(16, environment=environment), key=replace(key(16), kernel="vllm.fused_moe"))
+    add_record(store, hostile, accepted=partial(read_record, trusted=None))
+    notes = find_format("vllm").write(store, tmp_path / "out")
+    assert notes[1].endswith(": device and precision make no name of a file")
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
 
 
 def test_a_claim_yields_to_every_measurement(tmp_path: Path) -> None:
@@ -177,6 +189,7 @@ def test_a_claim_yields_to_every_measurement(tmp_path: Path) -> None:
         (NAME, b'{"0": {"a": 1}}', "'0' is no count of tokens"),
         (NAME, b'{"1": 3}', "the config of 1 tokens is no flat object"),
         (NAME, b'{"1": {"a": [1]}}', "the config of 1 tokens is no flat object"),
+        (NAME, b'{"1": {"a": 9007199254740999}}', "the config of 1 tokens is no flat object"),
         (NAME, b'{"1": {"a": 1}, "1": {"a": 2}}', "a field is there twice"),
         (NAME, b'{"triton_version": 3}', "triton_version is no text"),
     ],
@@ -213,8 +226,6 @@ def test_a_path_that_is_not_there(
 
 
 def test_only_what_was_imported_may_leave_sizes_out() -> None:
-    from dataclasses import replace
-
     with pytest.raises(InputError, match="key hidden: '0' identifies nothing"):
         replace(key(16), hidden=0)
     with pytest.raises(InputError, match="key experts: '0' identifies nothing"):

@@ -95,7 +95,7 @@ def test_moeccs_kernels_move_less_and_have_no_error() -> None:
     own = replace(LAYER, kernel="moecc")
     assert layer_latency_us(own, 4096, H100) < layer_latency_us(LAYER, 4096, H100)
     assert held_out_error_pct(own, H100) is None
-    assert why_uncalibrated(own, H100) == "no measurement backs predictions of moecc's own kernels on a GPU"
+    assert why_uncalibrated(own, H100) == "no measurement backs predictions of moecc's own kernels"
 
 
 @pytest.mark.parametrize(
