@@ -18,7 +18,7 @@ from typing import Any
 
 from moecc.autotune.canonical import canonical, digest, parse
 from moecc.autotune.environment import compiler_source_hash
-from moecc.codegen.aot import CompiledKernel, Job
+from moecc.codegen.aot import CompiledKernel, Job, job_constants
 from moecc.codegen.resources import Resources
 from moecc.errors import MoeccError
 from moecc.files import write_atomic
@@ -81,10 +81,9 @@ def _identity(job: Job) -> str:
         {
             "sources": _sources(),
             "triton": version("triton"),
-            "shape": asdict(job.shape),
-            "configs": asdict(job.configs),
             "target": job.target,
-            "kernels": list(job.kernels or ()),
+            "dtype": job.shape.dtype,
+            "constants": job_constants(job),
             "settings": digest({name: os.environ[name] for name in sorted(os.environ) if _matters(name)}),
         }
     )

@@ -112,7 +112,7 @@ def x86_cost(gemm: GemmConfig, kernel: str, shape: LayerShape) -> float:
     columns, reduced = (
         (shape.intermediate, shape.hidden) if kernel == "gate_up" else (shape.hidden, shape.intermediate)
     )
-    wide = (2 if kernel == "gate_up" else 1) * columns
+    wide = shape.gate_up_columns if kernel == "gate_up" else columns
     element, experts = DTYPE_BYTES[shape.dtype], shape.slots or shape.experts
     rows = shape.tokens * shape.top_k
     # Of experts that tokens choose independently and alike.

@@ -115,11 +115,13 @@ class Bench:
 
 def _weights(shape: LayerShape, device: str, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
     dtype = getattr(torch, shape.dtype)
-    held, hidden, inner = shape.held_experts, shape.hidden, shape.intermediate
+    held, hidden, columns = shape.held_experts, shape.hidden, shape.gate_up_columns
+    gate_up, down = (columns, hidden), (hidden, shape.intermediate)
+    order = -1 if shape.transposed else 1
     sizes: dict[str, tuple[int, ...]] = {
         "gate": (shape.experts, hidden),
-        "gate_up": (held, 2 * inner, hidden),
-        "down": (held, hidden, inner),
+        "gate_up": (held, *gate_up[::order]),
+        "down": (held, *down[::order]),
     }
     floats: dict[str, tuple[int, ...]] = {}
     if shape.has_router_bias:
@@ -127,7 +129,7 @@ def _weights(shape: LayerShape, device: str, generator: torch.Generator | None) 
     if shape.router.selection_bias:
         floats["correction_bias"] = (shape.experts,)
     if shape.has_expert_bias:
-        floats |= {"gate_up_bias": (held, 2 * inner), "down_bias": (held, hidden)}
+        floats |= {"gate_up_bias": (held, columns), "down_bias": (held, hidden)}
     made = {name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()}
     made |= {name: torch.empty(size, device=device) for name, size in floats.items()}
     if generator:
