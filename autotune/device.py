@@ -44,7 +44,7 @@ class Worker:
         self._connection: Connection[Any, Any] = Connection(ours.detach())
         self._ask(dict(task), START_TIMEOUT_S)
 
-    def ask(self, *message: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    def ask(self, *message: Any, timeout_s: float) -> Any:
         result, problem = self._ask(message, timeout_s)
         if problem:
             raise CandidateError(" ".join(str(problem).split())[:200])
@@ -85,6 +85,7 @@ class WorkerDevice:
     kernels: Path
     shares: tuple[float, ...] = ()
     compilers: int = 2
+    call_timeout_s: float = CALL_TIMEOUT_S
     module: str = WORKER
     compiled: int = 0
     _measuring: Worker | None = None
@@ -110,7 +111,7 @@ class WorkerDevice:
         ]
 
     def time_us(self, configs: KernelConfigs, number: int) -> float:
-        return float(self._measurer().ask("time", configs, number))
+        return float(self._measurer().ask("time", configs, number, timeout_s=self.call_timeout_s))
 
     def _compile(self, configs: KernelConfigs, timeout_s: float) -> str:
         worker = self._idle.get() if not self._idle.empty() else None
@@ -127,7 +128,7 @@ class WorkerDevice:
 
     def _check(self, configs: KernelConfigs) -> str:
         try:
-            return str(self._measurer().ask("check", configs))
+            return str(self._measurer().ask("check", configs, timeout_s=self.call_timeout_s))
         except CandidateError as error:
             return str(error)
 
