@@ -3,8 +3,8 @@
     python benchmarks/x86_tune.py [--only WORDS] [--tokens N ...] [--trials N] [--json FILE]
 
 Exhaustive search times every config of `kernel_space`: for each row tile all of gate_up with the default's down, and
-all of down, since their times add. Of each row tile the best two make one config; these, with the router and combine that
-tuning found, run against the tuned and the default config in rounds that alternate. A distance is the median of
+all of down, since their times add. Of each row tile the best two make one config; these, with the router and combine
+that tuning found, run against the tuned and the default config in rounds that alternate. A distance is the median of
 ratios within rounds. Kernels of one shape serve all its token counts, so the first is slow.
 """
 

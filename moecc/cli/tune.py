@@ -62,6 +62,9 @@ def tune_command(
     from moecc.cli.tune_layers import Limits, artifact_shapes, flag_shapes, tune_layers
 
     sizes = {"--hidden": hidden, "--intermediate": intermediate, "--experts": experts, "--top-k": top_k}
+    if device is not None and not rank_only:
+        hint = "leave it out, or rank without a device: --rank-only"
+        raise InputError("measures on this machine", where="moecc tune --device", hint=hint)
     if artifact is not None and not rank_only:
         if given := [name for name, size in sizes.items() if size is not None]:
             raise InputError("an artifact has its sizes", where=given[0], hint="give one of the two")

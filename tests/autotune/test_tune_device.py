@@ -23,6 +23,7 @@ from moecc.cli import main
 from moecc.codegen.config import KernelConfigs, LayerShape
 from moecc.codegen.x86.features import supported_levels
 from moecc.errors import InputError
+from moecc.integrations.launchers import launcher_of
 from moecc.solvers.routing import assumed_routing
 
 SHAPE = LayerShape(tokens=4, hidden=64, intermediate=64, experts=8, top_k=2)
@@ -115,6 +116,23 @@ def kept(folder: Path, configs: KernelConfigs, monkeypatch: pytest.MonkeyPatch) 
     cache, space = choose.open_cache("x86", environment, choose.read_settings())
     space.key(SHAPE, UNIFORM)
     cache.put(record(configs, environment.hash))
+
+
+@native
+def test_launchers_of_torch_ops_run_what_was_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass walks the tiles of the forward pass, so the row tile of both is the tuned one."""
+    default = default_configs(SHAPE, "x86")
+    tuned = replace(
+        default,
+        gate_up=replace(default.gate_up, block_m=4, block_n=16),
+        down=replace(default.down, block_m=4, block_n=32),
+    )
+    kept(tmp_path, tuned, monkeypatch)
+    launcher_of.cache_clear()
+    launcher = launcher_of((8, 128, 64), 2, 4, torch.bfloat16, False, "silu_glu", 1.702, 7.0, False, False)
+    configs = launcher.configs["x86"]
+    assert [configs[name]["BLOCK_N"] for name in ("gate_up", "down")] == [16, 32]
+    assert {configs[name]["BLOCK_M"] for name in ("gate_up", "down", "grad_pre", "grad_x")} == {4}
 
 
 @native
