@@ -1206,6 +1206,7 @@ class Launcher:
     def __init__(self, layer: Layer, configs: Mapping[str, Config]) -> None:
         self.layer, self.configs = layer, configs
         self._idle_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._known_constants: dict[tuple[object, ...], dict[str, Constants]] = {}
 
     def forward(
         self,
@@ -1401,17 +1402,22 @@ class Launcher:
         return self._idle_counters[key]
 
     def _constants(self, plan: Plan, experts: int, **switches: bool) -> dict[str, Constants]:
+        """Made once: with memory streaming through the caches, what a call computes anew is slow."""
         tokens, slots = plan.topk_ids.shape
         target = self._target(plan.topk_ids.device)
-        return kernel_constants(
-            self.layer,
-            self.configs[target],
-            tokens=tokens,
-            slots=slots,
-            experts=experts,
-            backend=backend_of(target),
-            **switches,
-        )
+        config = self.configs[target]
+        key = (target, kernel_sequence(config, tokens), slots, experts, *switches.items())
+        if key not in self._known_constants:
+            self._known_constants[key] = kernel_constants(
+                self.layer,
+                config,
+                tokens=tokens,
+                slots=slots,
+                experts=experts,
+                backend=backend_of(target),
+                **switches,
+            )
+        return self._known_constants[key]
 
     def _target(self, device: torch.device) -> str:
         if not isinstance(router_kernel, triton.JITFunction):
