@@ -125,13 +125,18 @@ def environment_for(target: str) -> Environment | str:
     # torch takes seconds to import, and most machines that compile have no GPU.
     if not any(Path(file).exists() for file in GPU_FILES):
         return f"no device for {target} is here"
-    environment = gpu_environment(measurement=POLICY)
+    environment = _gpu_here()
     return environment if environment.arch == target else f"the device here is {environment.arch}"
 
 
 @memoised
 def _x86_here() -> Environment:
     return x86_environment(measurement=POLICY)
+
+
+@memoised
+def _gpu_here() -> Environment:
+    return gpu_environment(measurement=POLICY)
 
 
 @memoised
