@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any
 
@@ -114,9 +114,9 @@ class WorkerDevice:
         return float(self._measurer().ask("time", configs, number, timeout_s=self.call_timeout_s))
 
     def _compile(self, configs: KernelConfigs, timeout_s: float) -> str:
-        worker = self._idle.get() if not self._idle.empty() else None
+        worker = None
         try:
-            worker = worker or self._start("compile")
+            worker = self._idle_compiler() or self._start("compile")
             worker.ask("compile", configs, timeout_s=timeout_s)
             self.compiled += 1
             return ""
@@ -125,6 +125,12 @@ class WorkerDevice:
         finally:
             if worker is not None and worker.is_alive:
                 self._idle.put(worker)
+
+    def _idle_compiler(self) -> Worker | None:
+        try:
+            return self._idle.get_nowait()
+        except Empty:
+            return None
 
     def _check(self, configs: KernelConfigs) -> str:
         try:

@@ -6,6 +6,7 @@ it answers ("check", configs), ("time", configs, number) and ("compile", configs
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ MAX_COPIES = 16
 # A sample lasts at least this long: clocks and interrupts are small beside it.
 SAMPLE_S = 4e-3
 DRAWS = 8
+# A candidate that hangs while nobody waits for it any more, because the tuner was killed, ends after this.
+MOST_SECONDS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +175,7 @@ def _compile_only() -> None:
 
 
 def main(descriptor: int) -> None:
+    signal.alarm(MOST_SECONDS)
     connection: Connection[Any, Any] = Connection(descriptor)
     task = Task(**connection.recv())
     if task.purpose == "compile":
@@ -179,10 +183,12 @@ def main(descriptor: int) -> None:
     bench = Bench(task)
     connection.send((None, ""))
     while True:
+        signal.alarm(0)
         try:
             message = connection.recv()
         except EOFError:
             return
+        signal.alarm(MOST_SECONDS)
         connection.send(_answer(bench, message))
 
 

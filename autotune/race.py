@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from moecc.codegen.config import KernelConfigs
 
-HEATS = (3, 6, 12)
+HEATS = (3, 6, 12, 24)
 """Rounds that a runner has run after each heat."""
 LEAST_LEAD = 0.02
 """Lead of the best, relative, that puts out: less is noise whatever the spread says."""

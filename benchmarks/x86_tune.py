@@ -84,12 +84,10 @@ def _composed(measured: Sequence[Runner], rows: int) -> KernelConfigs:
     """Runners differ from the default in one of the two GEMMs, but for the row tile."""
     of_tile = sorted((runner for runner in measured if _rows(runner) == rows), key=lambda r: r.ratio)
     default = of_tile[0].configs
-    columns = {name: [getattr(r.configs, name) for r in of_tile] for name in ("gate_up", "down")}
-    common = {name: max(set(found), key=found.count) for name, found in columns.items()}
+    found = {name: [getattr(r.configs, name) for r in of_tile] for name in ("gate_up", "down")}
+    common = {name: max(set(gemms), key=gemms.count) for name, gemms in found.items()}
     best = {
-        name: next(
-            (g for g, o in zip(columns[name], columns[other], strict=True) if o == common[other]), None
-        )
+        name: next((g for g, o in zip(found[name], found[other], strict=True) if o == common[other]), None)
         for name, other in (("gate_up", "down"), ("down", "gate_up"))
     }
     return replace(default, gate_up=best["gate_up"] or default.gate_up, down=best["down"] or default.down)
