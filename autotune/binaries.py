@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moecc.autotune.cache_settings import read_settings
 from moecc.autotune.canonical import canonical, digest, parse
 from moecc.autotune.environment import compiler_source_hash
 from moecc.codegen.aot import CompiledKernel, Job, job_constants
@@ -41,6 +42,14 @@ class Binaries:
     def of(cls, cache_folder: Path | None) -> Binaries:
         """Those in a cache's folder."""
         return cls(cache_folder / FOLDER if cache_folder else None)
+
+    @classmethod
+    def of_user(cls) -> Binaries:
+        """Those of this user; none where the settings of the cache are wrong, which whoever looks configs up says."""
+        try:
+            return cls.of(read_settings().folder)
+        except MoeccError:
+            return cls(None)
 
     def get(self, job: Job) -> CompiledKernel | None:
         """The kernel of a job that names one."""

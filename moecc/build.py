@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moecc.autotune.binaries import Binaries
-from moecc.autotune.cache_settings import read_settings
 from moecc.autotune.choose import choose
 from moecc.autotune.layer_configs import UNIFORM
 from moecc.codegen.aot import CompiledKernel, Job, compile_batch
@@ -23,7 +22,7 @@ HOSTS = ("x86", "interpret")
 WORKERS = 2  # compiler processes at once, about 0.5 GB each
 
 
-@dataclass(frozen=True)
+@dataclass
 class BuiltKernels:
     """files: artifact path -> content. table: one row for each kernel and target, as the report shows them.
 
@@ -50,8 +49,7 @@ def build_kernels(
 
     Raises InputError for a shape that a target cannot run, MoeccError where Triton fails.
     """
-    configs_of_sets: list[dict[str, Any]] = []
-    files: dict[str, str | bytes] = {}
+    built = BuiltKernels()
     jobs: list[tuple[KernelSet, Job]] = []
     for kernels in sets:
         chosen = {
@@ -59,57 +57,67 @@ def build_kernels(
             for target in dict.fromkeys((*targets, *HOSTS))
         }
         configs = {target: choice.configs for target, choice in chosen.items()}
-        configs_of_sets.extend(
+        built.configs.extend(
             {"set": kernels.name, "target": target, **choice.provenance()}
             for target, choice in chosen.items()
         )
-        files[kernels.file] = emit_module(kernels.shape, configs, kernels.name)
+        built.files[kernels.file] = emit_module(kernels.shape, configs, kernels.name)
         for target in targets:
             sequence = kernel_sequence(freeze_configs(configs[target]), kernels.shape.expert_tokens)
             jobs += [
                 (kernels, Job(shape=kernels.shape, configs=configs[target], target=target, kernels=(name,)))
                 for name in _needed(kernels.entry, sequence)
             ]
-    store = Binaries.of(read_settings().folder)
-    found = {index: kernel for index, (_, job) in enumerate(jobs) if (kernel := store.get(job))}
-    missing = [index for index in range(len(jobs)) if index not in found]
-    for index, kernel in zip(missing, _compiled([jobs[i][1] for i in missing], progress), strict=True):
-        found[index] = kernel
-        store.put(jobs[index][1], kernel)
-    store.prune()
-    built = BuiltKernels(
-        files=files, configs=configs_of_sets, compiled=len(missing), reused=len(jobs) - len(missing)
-    )
-    for index, (kernels, job) in enumerate(jobs):
-        _add(built, kernels, job.target, found[index])
+    compiled, built.reused = _found_or_compiled([job for _, job in jobs], progress)
+    built.compiled = len(jobs) - built.reused
+    for (kernels, job), kernel in zip(jobs, compiled, strict=True):
+        _add(built, kernels, job.target, kernel)
     return built
 
 
-def workspace_bytes(module: Module, targets: Sequence[str]) -> int:
+def _found_or_compiled(
+    jobs: Sequence[Job], progress: Callable[[str, int, int], None]
+) -> tuple[list[CompiledKernel], int]:
+    """The kernels of `jobs`, one each and in order, and how many of them an earlier compile has left."""
+    store = Binaries.of_user()
+    found = {index: kernel for index, job in enumerate(jobs) if (kernel := store.get(job))}
+    missing = [index for index in range(len(jobs)) if index not in found]
+    for index, kernel in zip(missing, _compiled([jobs[i] for i in missing], progress), strict=True):
+        found[index] = kernel
+        store.put(jobs[index], kernel)
+    store.prune()
+    return [found[index] for index in range(len(jobs))], len(jobs) - len(missing)
+
+
+def workspace_bytes(module: Module, targets: Sequence[str], *, routing: str = UNIFORM) -> int:
     """Device memory that the hungriest function needs beside weights and KV cache: for every token chunk the buffers of
     its kernels and, where tokens travel, those received and the sums that go back. Chunks may all be in flight.
     """
     sets = kernel_sets(module)
-    return max((_function_bytes(function, sets, targets) for function in module.functions), default=0)
+    return max(
+        (_function_bytes(function, sets, targets, routing) for function in module.functions), default=0
+    )
 
 
-def _function_bytes(function: Function, sets: Sequence[KernelSet], targets: Sequence[str]) -> int:
+def _function_bytes(
+    function: Function, sets: Sequence[KernelSet], targets: Sequence[str], routing: str
+) -> int:
     chunks = function.attributes["schedule"]["split"]["chunks"]
     needed = 0
     for suffix, calls in (("", chunks), ("_shared", 1)):
         kernels = kernel_set(sets, function, suffix)
         if kernels is not None:
-            needed += calls * max(_call_bytes(kernels, target) for target in targets)
+            needed += calls * max(_call_bytes(kernels, target, routing) for target in targets)
     return needed
 
 
-def _call_bytes(kernels: KernelSet, target: str) -> int:
+def _call_bytes(kernels: KernelSet, target: str, routing: str) -> int:
     shape = kernels.shape
     element = DTYPE_BYTES[shape.dtype]
     travelling = 2 * (shape.received or 0) * shape.hidden * element
     return travelling + call_bytes(
         freeze_layer(shape),
-        freeze_configs(choose(shape, target).configs),
+        freeze_configs(choose(shape, target, routing=routing).configs),
         tokens=shape.expert_tokens,
         experts=shape.held_experts,
         shared=shape.shared,

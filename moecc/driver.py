@@ -51,6 +51,7 @@ def compile_model(
     check_destination(output)
     cluster, targets = _hardware(spec)
     routings = workloads(spec)
+    routing = routing_class(shares_of(routings))
     module = import_model(spec)
     verify(module)
     _require_fit(device_memory_use(module, cluster.device), spec)
@@ -60,9 +61,8 @@ def compile_model(
         files[f"ir/{len(files):02}-{name}.moe"] = print_module(module)
 
     run_passes(module, PIPELINE, Context(workloads=routings, progress=progress), keep)
-    memory = device_memory_use(module, cluster.device, workspace_bytes(module, targets))
+    memory = device_memory_use(module, cluster.device, workspace_bytes(module, targets, routing=routing))
     _require_fit(memory, spec)
-    routing = routing_class(shares_of(routings))
     built = build_kernels(kernel_sets(module), targets, progress, routing=routing)
     figures = report(module, cluster, memory, built, seconds=lambda: time.monotonic() - started)
     files |= built.files

@@ -114,7 +114,7 @@ def test_a_rank_is_tuned_for_its_part(moecc: Any) -> None:
         ),
         (
             ("tune", "--device", "h100-sxm", *LAYER),
-            "moecc tune --device: measures on this machine; hint: leave it out, or rank without a device: --rank-only\n",
+            "--device: is for rankings only; hint: leave it out, or rank without a device: --rank-only\n",
         ),
         (("tune", "--rank-only", *LAYER), "--device: is missing; hint: "),
         (

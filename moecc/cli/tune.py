@@ -62,11 +62,14 @@ def tune_command(
     from moecc.cli.tune_layers import Limits, artifact_shapes, flag_shapes, tune_layers
 
     sizes = {"--hidden": hidden, "--intermediate": intermediate, "--experts": experts, "--top-k": top_k}
-    if device is not None and not rank_only:
+    if not rank_only:
         hint = "leave it out, or rank without a device: --rank-only"
-        raise InputError("measures on this machine", where="moecc tune --device", hint=hint)
+        for flag, is_given in (("--device", device is not None), ("--no-gated", not gated)):
+            if is_given:
+                raise InputError("is for rankings only", where=flag, hint=hint)
     if artifact is not None and not rank_only:
-        if given := [name for name, size in sizes.items() if size is not None]:
+        flags = {**sizes, "--tp": tp, "--ep": ep, "--dtype": dtype}
+        if given := [name for name, value in flags.items() if value not in (None, 1, "bfloat16")]:
             raise InputError("an artifact has its sizes", where=given[0], hint="give one of the two")
         shapes = artifact_shapes(artifact, token_counts(tokens) if tokens else None)
     else:

@@ -182,6 +182,8 @@ def test_settings_that_contradict_each_other_stop_nobody(
         ((*LAYER, "--time-limit", 0), "--time-limit: 0.0 is no time"),
         ((*LAYER, "--time-limit", "nan"), "--time-limit: nan is no time"),
         (("nowhere", *LAYER), "--hidden: an artifact has its sizes"),
+        (("nowhere", "--ep", 2), "--ep: an artifact has its sizes"),
+        ((*LAYER, "--no-gated"), "--no-gated: is for rankings only"),
         (("nowhere",), "nowhere: is not a moecc artifact"),
         ((*LAYER, "--dtype", "fp8"), "layer shape: dtype 'fp8' is none of"),
         ((*LAYER, "--tokens", "x"), "--tokens: 'x' is no count of tokens"),

@@ -137,6 +137,11 @@ def test_the_oldest_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [store.get(job) is None for job in jobs] == [True, False, False]
 
 
+def test_wrong_settings_are_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECC_CACHE_TRUSTED", "no key")
+    assert Binaries.of_user() == Binaries(None)
+
+
 def test_no_folder_and_no_disk_are_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     nowhere = Binaries.of(None)
     nowhere.put(JOB, KERNEL)
