@@ -45,22 +45,25 @@ def default_configs(shape: LayerShape, target: str) -> KernelConfigs:
     block_m = min(max(_power_of_two_from(shape.rows_per_expert), 16), 128)
     configs = KernelConfigs(
         router=_router_config(shape, limits),
-        gate_up=_gemm_config(shape, limits, block_m, weights=2),
-        down=_gemm_config(shape, limits, block_m, weights=1),
+        gate_up=gemm_config(
+            shape, limits, block_m, (shape.intermediate, shape.hidden), dots=shape.gate_up_dots
+        ),
+        down=gemm_config(shape, limits, block_m, (shape.hidden, shape.intermediate)),
         combine=CombineConfig(block_t=1, block_h=min(_power_of_two_from(shape.hidden), 1024)),
     )
     return _fitted(configs, shape, limits)
 
 
-def _gemm_config(shape: LayerShape, target: Target, block_m: int, *, weights: int) -> GemmConfig:
-    columns, reduced = (
-        (shape.intermediate, shape.hidden) if weights == 2 else (shape.hidden, shape.intermediate)
-    )
+def gemm_config(
+    shape: LayerShape, target: Target, block_m: int, sizes: tuple[int, int], *, dots: int = 1
+) -> GemmConfig:
+    """Rules 2 and 3 for a grouped GEMM on a GPU with `dots` tiles side by side; sizes: columns, reduced dimension."""
+    columns, reduced = sizes
     step = 128 // DTYPE_BYTES[shape.dtype]
     matrix_units = shape.dtype != "float32"
     if block_m <= 32:
         tiles = tiles_max(shape.tokens, shape.top_k, shape.slots or shape.experts, block_m)
-        block_n = (128 if matrix_units else 64) // weights
+        block_n = (128 if matrix_units else 64) // dots
         while block_n > 32 and tiles * -(-columns // block_n) < BUSY_PROGRAMS:
             block_n //= 2
         return GemmConfig(
@@ -74,7 +77,7 @@ def _gemm_config(shape: LayerShape, target: Target, block_m: int, *, weights: in
     wide = block_m == 128
     return GemmConfig(
         block_m=block_m,
-        block_n=(256 if wide and target.wgmma_rows else 128) // weights if matrix_units else 64 // weights,
+        block_n=(256 if wide and target.wgmma_rows else 128) // dots if matrix_units else 64 // dots,
         block_k=_dividing_block(reduced, step),
         num_warps=8 if wide else 4,
         num_stages=3,

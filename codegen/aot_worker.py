@@ -37,6 +37,7 @@ FLOAT_POINTERS = {
     "gate_up_ptr",
     "down_ptr",
     "h_ptr",
+    "pre_ptr",
     "partial_ptr",
     "residual_ptr",
     "out_ptr",

@@ -18,14 +18,17 @@ DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 class LayerShape:
     """One MoE layer as one device computes it.
 
-    x [tokens, hidden]; gate [experts, hidden]; gate_up [experts + shared, 2 * intermediate, hidden] (gate rows
-    first); down [experts + shared, hidden, intermediate]. The `shared` experts see every token with weight 1 and
-    have the ids experts .. experts + shared - 1; a shared expert that is n times as wide is n of them.
+    x [tokens, hidden]; gate [experts, hidden]; gate_up [experts + shared, gate_up_columns, hidden], 2 * intermediate
+    with the gate first, or intermediate where the activation has no gate and gate_up holds up alone; down [experts +
+    shared, hidden, intermediate]. `transposed`: gate_up is [.., hidden, gate_up_columns] and down [.., intermediate,
+    hidden]. `interleaved`: columns of gate and up take turns, gate first, in the bias too.
+    The `shared` experts see every token with weight 1 and have the ids experts .. experts + shared - 1; a shared
+    expert that is n times as wide is n of them.
     `tokens` is the count that configs are tuned for: kernels take any count at run time.
     `slots`: the number of experts whose weights this device holds, where tokens come from other devices; `received`:
     how many tokens those are, which bring as many rows as this device's own `tokens` have. None: all is here.
-    `has_router_bias`: a bias [experts] on the logits. `has_expert_bias`: gate_up_bias [experts + shared, 2 *
-    intermediate] and down_bias [experts + shared, hidden]. The correction bias is `router.selection_bias`.
+    `has_router_bias`: a bias [experts] on the logits. `has_expert_bias`: gate_up_bias [experts + shared,
+    gate_up_columns] and down_bias [experts + shared, hidden]. The correction bias is `router.selection_bias`.
     """
 
     tokens: int
@@ -41,6 +44,8 @@ class LayerShape:
     activation: Activation = field(default_factory=Activation)
     has_router_bias: bool = False
     has_expert_bias: bool = False
+    transposed: bool = False
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         problem = _why_impossible(self)
@@ -52,6 +57,15 @@ class LayerShape:
         """Columns of the router's tile: groups and experts of a group are padded to powers of two, 16 at least."""
         groups = _next_power_of_2(self.router.groups)
         return max(groups * _next_power_of_2(self.experts // self.router.groups), 16)
+
+    @property
+    def gate_up_columns(self) -> int:
+        return self.activation.gate_up_columns(self.intermediate)
+
+    @property
+    def gate_up_dots(self) -> int:
+        """Weight tiles that a step of the first GEMM multiplies."""
+        return 2 if self.activation.gated else 1
 
     @property
     def rows_per_expert(self) -> float:
@@ -151,7 +165,7 @@ def why_invalid(configs: KernelConfigs, shape: LayerShape, target: Target) -> st
         return f"gate_up block_m {configs.gate_up.block_m} is not down block_m {configs.down.block_m}"
     return (
         _why_invalid_sizes(configs)
-        or _why_invalid_gemm("gate_up", configs.gate_up, 2, shape, target)
+        or _why_invalid_gemm("gate_up", configs.gate_up, shape.gate_up_dots, shape, target)
         or _why_invalid_gemm("down", configs.down, 1, shape, target)
         or _why_invalid_router(configs.router, shape, target)
     )
@@ -232,6 +246,8 @@ def _why_impossible(shape: LayerShape) -> str | None:
             return f"{name} {value} is not positive"
     if shape.dtype not in DTYPE_BYTES:
         return f"dtype {shape.dtype!r} is none of {', '.join(DTYPE_BYTES)}"
+    if shape.interleaved and not shape.activation.gated:
+        return f"activation {shape.activation.kind} has no gate to interleave with up"
     if problem := why_impossible(shape.router, shape.experts, shape.top_k):
         return problem[0]
     return None

@@ -19,6 +19,7 @@ SOURCES = (
     "kernels/common.py",
     "kernels/plan.py",
     "kernels/router.py",
+    "kernels/activation.py",
     "kernels/gate_up.py",
     "kernels/down.py",
     "launcher.py",

@@ -21,7 +21,7 @@ Config = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What the layer computes. `router` and `activation` are switches of the kernels of that name."""
+    """What the layer computes. `router`, `activation` and `layout` (of experts' weights) are switches of kernels."""
 
     hidden: int
     intermediate: int
@@ -32,6 +32,12 @@ class Layer:
     has_expert_bias: bool
     router: Mapping[str, Any]
     activation: Mapping[str, Any]
+    layout: Mapping[str, bool]
+
+    @property
+    def columns(self) -> int:
+        """Outputs of the first expert GEMM: gate and up, or up alone."""
+        return 2 * self.intermediate if self.activation["GATED"] else self.intermediate
 
     @property
     def slots(self) -> int:
@@ -110,10 +116,12 @@ def kernel_constants(
     has_logits: bool = False,
     has_residual: bool = False,
     sort: bool = True,
+    keep_h: bool = True,
+    keep_pre: bool = False,
 ) -> dict[str, Constants]:
     """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token.
 
-    backend: cuda, hip, x86 or interpret. sort: the router plans the tiles too.
+    backend: cuda, hip, x86 or interpret. sort: the router plans the tiles too. keep_h, keep_pre: what gate_up stores.
     """
     common = {"HIDDEN": layer.hidden, "BACKEND": backend}
     sizes = {"NUM_EXPERTS": experts, "TOP_K": slots}
@@ -128,13 +136,15 @@ def kernel_constants(
     }
     fused = tokens <= config["combine"]["FUSED_TOKENS"]
     combining = {"FUSE_COMBINE": fused, "COMBINE_T": FUSED_BLOCK_T, "HAS_RESIDUAL": has_residual}
+    keeping = {"KEEP_H": keep_h, "KEEP_PRE": keep_pre}
+    down_layout = {"TRANSPOSED": layer.layout["TRANSPOSED"]}
     combine = {name: value for name, value in config["combine"].items() if name != "FUSED_TOKENS"}
     return {
         "router": {**common, **router, **planning},
         "plan": {**sizes, **planning, "BACKEND": backend, "num_warps": config["router"]["num_warps"]},
         "scatter": {**sizes, **sorting},
-        "gate_up": {**gemm, **layer.activation, **config["gate_up"]},
-        "down": {**gemm, **sizes, **combining, **config["down"]},
+        "gate_up": {**gemm, **layer.activation, **layer.layout, **keeping, **config["gate_up"]},
+        "down": {**gemm, **sizes, **combining, **down_layout, "WEIGHTED": True, **config["down"]},
         "combine": {**common, **sizes, "HAS_RESIDUAL": has_residual, **combine},
     }
 

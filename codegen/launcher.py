@@ -54,9 +54,10 @@ class Launcher:
     """One layer with its kernel configs: target -> kernel -> block sizes and launch options.
 
     `weights` maps, contiguous and in the layer's dtype: `gate` [experts, hidden]; `gate_up` [experts + shared,
-    2 * intermediate, hidden], gate rows first; `down` [experts + shared, hidden, intermediate]; and, of any float
-    type, where the layer has them: `router_bias` and `correction_bias` [experts], `gate_up_bias` [experts + shared,
-    2 * intermediate], `down_bias` [experts + shared, hidden].
+    columns, hidden], gate and up or up alone; `down` [experts + shared, hidden, intermediate]; and, of any float type,
+    where the layer has them: `router_bias` and `correction_bias` [experts], `gate_up_bias` [experts + shared,
+    columns], `down_bias` [experts + shared, hidden]. In a transposed layout the last two dimensions of `gate_up` and
+    `down` change places; in an interleaved one gate and up take turns.
     Every method raises ValueError for a tensor that does not fit, RuntimeError for a device without configs.
     """
 
@@ -180,33 +181,54 @@ class Launcher:
     def _compute(
         self, rows: torch.Tensor, plan: Plan, weights: Weights, residual: torch.Tensor | None
     ) -> torch.Tensor:
-        layer, (tokens, slots), dtype = self.layer, plan.topk_ids.shape, rows.dtype
-        experts, hidden, inner = len(plan.expert_offsets) - 1, layer.hidden, layer.intermediate
-        gate_up = _tensor(weights, "gate_up", (experts, 2 * inner, hidden), dtype)
-        down = _tensor(weights, "down", (experts, hidden, inner), dtype)
-        gate_up_bias, down_bias = rows, rows
-        if layer.has_expert_bias:
-            gate_up_bias = _tensor(weights, "gate_up_bias", (experts, 2 * inner))
-            down_bias = _tensor(weights, "down_bias", (experts, hidden))
+        h, _ = self._gate_up(rows, plan, weights)
+        return self._down(h, plan, weights, residual)
+
+    def _gate_up(
+        self, rows: torch.Tensor, plan: Plan, weights: Weights, *, keep_h: bool = True, keep_pre: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(h [rows, intermediate], pre [rows, columns]) in sorted order; what is not kept is an unrelated tensor."""
+        layer, (tokens, slots) = self.layer, plan.topk_ids.shape
+        experts = len(plan.expert_offsets) - 1
+        gate_up, bias = self._expert_weights("gate_up", weights, experts, (layer.columns, layer.hidden))
+        held = tokens * min(slots, experts)
+        h = rows.new_empty((held, layer.intermediate)) if keep_h else rows
+        pre = rows.new_empty((held, layer.columns)) if keep_pre else rows
+        constants = self._constants(plan, experts, keep_h=keep_h, keep_pre=keep_pre)["gate_up"]
+        grid = (len(plan.tile_expert) * triton.cdiv(layer.intermediate, constants["BLOCK_N"]),)
+        gate_up_kernel[grid](rows, gate_up, bias, h, pre, *plan.tile_map, **constants)
+        return h, pre
+
+    def _down(
+        self, h: torch.Tensor, plan: Plan, weights: Weights, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[tokens, hidden]: h [rows, intermediate] through the second GEMM, weighted and summed."""
+        layer, (tokens, slots) = self.layer, plan.topk_ids.shape
+        experts, hidden = len(plan.expert_offsets) - 1, layer.hidden
+        down, bias = self._expert_weights("down", weights, experts, (hidden, layer.intermediate))
         if residual is not None:
             residual = residual.reshape(-1, hidden).contiguous()
             _expect("residual", residual, (tokens, hidden))
         constants = self._constants(plan, experts, has_residual=residual is not None)
-        h = rows.new_empty((tokens * min(slots, experts), inner))
-        partial = rows.new_empty((tokens * slots, hidden))
-        out = torch.empty_like(rows)
-        tiles, tail = len(plan.tile_expert), (rows if residual is None else residual, out)
-
-        grid = (tiles * triton.cdiv(inner, constants["gate_up"]["BLOCK_N"]),)
-        gate_up_kernel[grid](rows, gate_up, gate_up_bias, h, *plan.tile_map, **constants["gate_up"])
-        grid = (tiles * triton.cdiv(hidden, constants["down"]["BLOCK_N"]),)
+        partial = h.new_empty((tokens * slots, hidden))
+        out = h.new_empty((tokens, hidden))
+        tail = (out if residual is None else residual, out)
+        grid = (len(plan.tile_expert) * triton.cdiv(hidden, constants["down"]["BLOCK_N"]),)
         routing = (plan.topk_ids, plan.topk_weights, partial, *tail, *plan.tile_map, plan.counters, tokens)
-        down_kernel[grid](h, down, down_bias, *routing, **constants["down"])
+        down_kernel[grid](h, down, bias, *routing, **constants["down"])
         if not constants["down"]["FUSE_COMBINE"]:
-            blocks = constants["combine"]["BLOCK_T"], constants["combine"]["BLOCK_H"]
-            combine_grid = (triton.cdiv(tokens, blocks[0]), triton.cdiv(hidden, blocks[1]))
-            combine_kernel[combine_grid](partial, plan.topk_ids, *tail, tokens, **constants["combine"])
+            _combine(partial, plan.topk_ids, *tail, constants["combine"])
         return out
+
+    def _expert_weights(
+        self, name: str, weights: Weights, experts: int, shape: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor of that name and its bias; `shape` is (outputs, inputs). Without a bias, the tensor twice."""
+        stored = shape[::-1] if self.layer.layout["TRANSPOSED"] else shape
+        tensor = _tensor(weights, name, (experts, *stored), getattr(torch, self.layer.dtype))
+        if not self.layer.has_expert_bias:
+            return tensor, tensor
+        return tensor, _tensor(weights, f"{name}_bias", (experts, shape[0]))
 
     def _plan(self, ids: torch.Tensor, topk_weights: torch.Tensor, *, experts: int, shared: int = 0) -> Plan:
         tokens, slots = ids.shape
@@ -266,6 +288,18 @@ class Launcher:
                 f"x is {x.dtype} {list(x.shape)}, not {self.layer.dtype} [..., {self.layer.hidden}]"
             )
         return x.reshape(-1, self.layer.hidden).contiguous()
+
+
+def _combine(
+    partial: torch.Tensor,
+    topk_ids: torch.Tensor,
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    constants: Constants,
+) -> None:
+    """out [tokens, hidden] = the sum of each token's slots of `partial`, and of `residual` if the constants say so."""
+    grid = (triton.cdiv(len(out), constants["BLOCK_T"]), triton.cdiv(out.shape[1], constants["BLOCK_H"]))
+    combine_kernel[grid](partial, topk_ids, residual, out, len(out), **constants)
 
 
 def _runs_on_x86() -> bool:

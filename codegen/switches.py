@@ -30,9 +30,16 @@ def freeze_layer(shape: LayerShape) -> Layer:
             "NORM_EPS": router.norm_eps,
             "NORM_MIN": router.norm_min,
             "SCALE": router.scale,
+            "JITTER": router.jitter,
             "HAS_ROUTER_BIAS": shape.has_router_bias,
         },
-        activation={"ACTIVATION": activation.kind, "ALPHA": activation.alpha, "LIMIT": activation.limit},
+        activation={
+            "ACTIVATION": activation.function,
+            "GATED": activation.gated,
+            "ALPHA": activation.alpha,
+            "LIMIT": activation.limit,
+        },
+        layout={"TRANSPOSED": shape.transposed, "INTERLEAVED": shape.interleaved},
     )
 
 

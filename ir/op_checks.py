@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast, get_args
 
 from moecc.ir.core import Op, attr
-from moecc.ir.semantics import ActivationKind, GroupScore, Router, Score, why_impossible
+from moecc.ir.semantics import Activation, ActivationKind, GroupScore, Router, Score, why_impossible
 from moecc.ir.types import RoutingType, TokensType, WeightsType
 
 
@@ -23,6 +23,7 @@ class RouterFields:
     norm_eps = attr(float, default=0.0, min=0)
     norm_min = attr(float, default=0.0, min=0)
     scale = attr(float, default=1.0)
+    jitter = attr(float, default=0.0, min=0)
 
 
 ROUTER_ATTRIBUTES = tuple(name for name in vars(RouterFields) if not name.startswith("_") and name != "top_k")
@@ -74,18 +75,20 @@ def check_router(op: Op, experts: int) -> None:
 
 
 def check_experts(op: Op, hidden: int, experts: int) -> int:
-    count, two_intermediate, gate_hidden = weights_of(op, "gate_up", 3).shape
+    count, columns, gate_hidden = weights_of(op, "gate_up", 3).shape
     require_same(op, "expert counts", count, experts)
     require_same(op, "hidden sizes", hidden, gate_hidden)
-    require_expert_bias(op, "gate_up_bias", (experts, two_intermediate))
-    return halved(op, two_intermediate)
+    require_expert_bias(op, "gate_up_bias", (experts, columns))
+    return intermediate_of(op, columns)
 
 
-def halved(op: Op, two_intermediate: int) -> int:
-    """The intermediate size of a gate_up that stacks gate and up."""
-    if two_intermediate % 2:
-        raise op.fail(f"gate_up has {two_intermediate} rows, which gate and up cannot share")
-    return two_intermediate // 2
+def intermediate_of(op: Op, gate_up_columns: int) -> int:
+    """The intermediate size of a gate_up that stacks gate and up, or, where the activation has no gate, is up alone."""
+    activation = Activation(kind=op.attributes.get("activation", "silu_glu"))
+    intermediate = activation.intermediate_of(gate_up_columns)
+    if intermediate is None:
+        raise op.fail(f"gate_up has {gate_up_columns} rows, which gate and up cannot share")
+    return intermediate
 
 
 def require_expert_bias(op: Op, name: str, shape: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ from moecc.ir.op_checks import (
     RouterFields,
     check_experts,
     check_router,
-    halved,
+    intermediate_of,
     require_expert_bias,
     require_same,
     require_vector,
@@ -32,10 +32,12 @@ from moecc.ir.types import (
 
 
 class Attention(Op, mnemonic="attn.opaque"):
-    """Attention with its norms, known by its cost alone: the residual stream, and its norm that enters the FFN.
+    """Attention, or what a model has in its place, with its norms and known by its cost alone: the residual stream,
+    and its norm that enters the FFN.
 
     A token costs `flops_per_token` in projections and `flops_per_context_token` for each token it attends to,
-    at most `context` of them.
+    at most `context` of them. A state-space mixer keeps `state_bytes` for each sequence instead of a context.
+    Without weights there is no mixer, just the norm.
     """
 
     x = operand(TokensType)
@@ -46,13 +48,14 @@ class Attention(Op, mnemonic="attn.opaque"):
     weight_bytes = attr(int, min=0)
     kv_bytes_per_token = attr(int, min=0)
     context = attr(int, min=0)
+    state_bytes = attr(int, default=0, min=0)
 
     def infer(self) -> tuple[Type, Type]:
         return self.x.type, self.x.type
 
 
-class DenseMlp(Op, mnemonic="dense.mlp"):
-    """The gated MLP of a layer without experts."""
+class DenseMlp(ActivationFields, Op, mnemonic="dense.mlp"):
+    """The MLP of a layer without experts."""
 
     x = operand(TokensType)
     gate_up = operand(WeightsType)
@@ -62,7 +65,7 @@ class DenseMlp(Op, mnemonic="dense.mlp"):
     def infer(self) -> tuple[Type]:
         two_intermediate, hidden = weights_of(self, "gate_up", 2).shape
         require_same(self, "hidden sizes", tokens_of(self).hidden, hidden)
-        shape = (hidden, halved(self, two_intermediate))
+        shape = (hidden, intermediate_of(self, two_intermediate))
         require_same(self, "shapes of down", weights_of(self, "down", 2).shape, shape)
         return (self.x.type,)
 
@@ -199,19 +202,26 @@ class Combine(Op, mnemonic="moe.combine"):
 
 
 class SharedExpert(ActivationFields, Op, mnemonic="moe.shared_expert"):
-    """Experts that every token passes, summed: gate_up [count, 2 I, H], down [count, H, I]."""
+    """Experts that every token passes, summed: gate_up [count, 2 I, H] ([count, I, H] where the activation has no
+    gate), down [count, H, I].
+
+    With `gate` [1, H] there is one, and each token weights it by sigmoid(x @ gate^T).
+    """
 
     x = operand(TokensType)
     gate_up = operand(WeightsType)
     down = operand(WeightsType)
+    gate = optional(WeightsType)
     shared = result()
 
     def infer(self) -> tuple[Type]:
-        count, two_intermediate, hidden = weights_of(self, "gate_up", 3).shape
+        count, columns, hidden = weights_of(self, "gate_up", 3).shape
         require_same(self, "hidden sizes", tokens_of(self).hidden, hidden)
-        require_same(
-            self, "shapes of down", weights_of(self, "down", 3).shape, (count, hidden, two_intermediate // 2)
-        )
+        shape = (count, hidden, intermediate_of(self, columns))
+        require_same(self, "shapes of down", weights_of(self, "down", 3).shape, shape)
+        if "gate" in self.operands:
+            require_same(self, "shapes of gate", weights_of(self, "gate", 2).shape, (1, hidden))
+            require_same(self, "experts behind the gate", count, 1)
         return (self.x.type,)
 
 

@@ -56,7 +56,9 @@ def _weights_of_layers(function: Function, slots: Callable[[int], int]) -> int:
 
 
 def _kv_of_layers(function: Function, sequences: int) -> int:
-    per_sequence = sum(op.kv_bytes_per_token * op.context for op in function.every(Attention))
+    per_sequence = sum(
+        op.kv_bytes_per_token * op.context + op.state_bytes for op in function.every(Attention)
+    )
     return len(function.attributes["layers"]) * per_sequence * sequences
 
 

@@ -10,11 +10,13 @@ from moecc.hardware.latency import AllGather, AllToAll, Compute, ExpertLayer, Wo
 from moecc.hardware.spec import Cluster
 from moecc.ir import ops
 from moecc.ir.core import Op, Value
+from moecc.ir.semantics import Activation
 from moecc.ir.types import DTYPE_BYTES, RoutingType, TokensType, WeightsType
 from moecc.passes.lower import FUSED_COMBINE_TOKENS, ONE_LAUNCH_TOKENS
 
 Phase = Literal["decode", "prefill"]
-ATTENTION_LAUNCHES = 6  # norm, qkv, rope, attention, output projection, residual and norm
+# Norm, qkv, rope, attention, output projection, residual and norm; a state-space mixer takes about as many.
+ATTENTION_LAUNCHES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +55,32 @@ def _weights(value: Value) -> WeightsType:
     return cast(WeightsType, value.type)
 
 
+def _dtype(value: Value) -> str:
+    return cast(TokensType, value.type).dtype
+
+
 def _row_bytes(value: Value) -> int:
     tokens = cast(TokensType, value.type)
     return tokens.hidden * DTYPE_BYTES[tokens.dtype]
 
 
 def _attention(op: Any, situation: Situation) -> Work:
-    """Decode reads the context of every token; in prefill a token sees half the step's tokens on average."""
+    """Decode reads the context of every token; in prefill a token sees half the step's tokens on average.
+
+    A state is read and written once a sequence: in decode that is a token, in prefill too few to count.
+    """
+    if not op.weight_bytes:
+        return Compute(flops=0, bytes=2 * _rows(op.x, situation) * _row_bytes(op.x), dtype=_dtype(op.x))
     rows, decode = _rows(op.x, situation), situation.phase == "decode"
     context = op.context if decode else min(op.context, situation.tokens / 2)
     kv_tokens = rows * context if decode else rows
     return Compute(
         flops=rows * (op.flops_per_token + op.flops_per_context_token * context),
-        bytes=op.weight_bytes + kv_tokens * op.kv_bytes_per_token + 4 * rows * _row_bytes(op.x),
-        dtype=cast(TokensType, op.x.type).dtype,
+        bytes=op.weight_bytes
+        + kv_tokens * op.kv_bytes_per_token
+        + (2 * rows * op.state_bytes if decode else 0)
+        + 4 * rows * _row_bytes(op.x),
+        dtype=_dtype(op.x),
         launches=ATTENTION_LAUNCHES,
     )
 
@@ -83,7 +97,10 @@ def _mlp(op: Any, situation: Situation) -> Compute:
 
 
 def _shared_expert(op: Any, situation: Situation) -> Work:
-    """The experts' kernels: plan, gate-up and down, beyond some tokens combine, beyond more scatter."""
+    """The experts' kernels: plan, gate-up and down, beyond some tokens combine, beyond more scatter.
+
+    Behind a gate the router stands for the plan; its one row of weights is not worth counting.
+    """
     rows = _rows(op.x, situation)
     launches = 3 + (rows > FUSED_COMBINE_TOKENS) + (rows > ONE_LAUNCH_TOKENS)
     return replace(_mlp(op, situation), launches=launches)
@@ -95,7 +112,7 @@ def _gate(op: Any, situation: Situation) -> Work:
     return Compute(
         flops=2 * rows * experts * hidden,
         bytes=weight.bytes + rows * _row_bytes(op.x),
-        dtype=cast(TokensType, op.x.type).dtype,
+        dtype=_dtype(op.x),
     )
 
 
@@ -125,12 +142,13 @@ def _experts(op: Any, situation: Situation) -> Work:
         hidden=hidden,
         intermediate=intermediate,
         dtype=_weights(op.down).dtype,
+        gated=Activation(kind=op.activation).gated,
     )
 
 
 def _residual(op: Any, situation: Situation) -> Work:
     moved = _rows(op.total, situation) * _row_bytes(op.total) * (len(op.parts) + 1)
-    return Compute(flops=0, bytes=moved, dtype=cast(TokensType, op.total.type).dtype)
+    return Compute(flops=0, bytes=moved, dtype=_dtype(op.total))
 
 
 def _all_gather(op: Any, situation: Situation) -> Work:

@@ -126,6 +126,8 @@ class Partner(NamedTuple):
 
 def routed_partner(op: SharedExpert, function: Function) -> Partner | str:
     """The routed experts that a shared expert can join, or why it keeps kernels of its own."""
+    if op.gate is not None:
+        return "each token weights it by a gate, and the router gives an expert of every token weight 1"
     if function.first(AllToAll) is not None:
         return "the routed rows leave for other devices"
     residual = next((user for user in uses(function, op.shared) if isinstance(user, Residual)), None)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from moecc.errors import InputError
 from moecc.ir.core import Function, Module, Op, Value
-from moecc.ir.op_checks import ACTIVATION_ATTRIBUTES, ROUTER_ATTRIBUTES
+from moecc.ir.op_checks import ACTIVATION_ATTRIBUTES, ROUTER_ATTRIBUTES, intermediate_of
 from moecc.ir.ops import (
     Alloc,
     Combine,
@@ -169,32 +169,37 @@ def _down(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
 
 def _shared(op: Any, writes: list[Value], lowering: _Lowering) -> list[Op]:
     """Shared experts that stay apart: the experts' kernels with a routing that never changes, all of them for every
-    token with weight 1, which the host fills once."""
+    token with weight 1, which the host fills once. Behind a gate it is a layer of one expert with a sigmoid router."""
     x, weights = cast(TokensType, op.x.type), cast(WeightsType, op.gate_up.type)
-    count, two_intermediate, _ = weights.shape
+    count, intermediate = weights.shape[0], intermediate_of(op, weights.shape[1])
     lowering.describe(
         "_shared",
-        entry="experts",
+        entry="experts" if op.gate is None else "forward",
         tokens=math.ceil(x.rows.at(lowering.tokens)),
         hidden=x.hidden,
         dtype=x.dtype,
         experts=count,
         top_k=count,
-        intermediate=two_intermediate // 2,
+        intermediate=intermediate,
         activation={key: op.attributes[key] for key in ACTIVATION_ATTRIBUTES},
+        router={"score": "softmax" if op.gate is None else "sigmoid"},
     )
     rows, tokens = x.rows.times(count), x.rows.at(lowering.tokens)
     everyone = _alloc(RoutingType(x.rows, Fraction(count), count), "everyone", op)
     plan = _alloc(PlanType(rows, count), "plan", op)
-    hidden = _alloc(TokensType(rows, two_intermediate // 2, x.dtype), "rows", op)
+    hidden = _alloc(TokensType(rows, intermediate, x.dtype), "rows", op)
     partial = TokensType(rows, x.hidden, x.dtype)
     routing = [everyone.buffer]
     down_reads = [hidden.buffer, plan.buffer, *routing, op.down]
+    if op.gate is None:
+        sort = _launch(op, "plan", routing, [plan.buffer], "_shared")
+    else:
+        sort = _launch(op, "router", [op.x, op.gate], [*routing, plan.buffer], "_shared")
     return [
         everyone,
         plan,
         hidden,
-        *_sorting(op, _launch(op, "plan", routing, [plan.buffer], "_shared"), routing, tokens),
+        *_sorting(op, sort, routing, tokens),
         _launch(op, "gate_up", [op.x, plan.buffer, op.gate_up], [hidden.buffer], "_shared"),
         *_combining(op, down_reads, routing, partial, writes, tokens, "_shared"),
     ]

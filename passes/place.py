@@ -10,6 +10,7 @@ from moecc.hardware.load import load_device
 from moecc.hardware.spec import Cluster
 from moecc.ir.core import Module
 from moecc.ir.ops import Experts, FusedRouter, GateUp, Launch, Route
+from moecc.ir.semantics import Activation
 from moecc.ir.types import RoutingType, WeightsType
 from moecc.passes.manager import Context
 from moecc.passes.routed_path import moe_layers
@@ -125,4 +126,5 @@ def _step_cost(module: Module, top_k: int, slots: int) -> StepCost:
         slots=slots,
         dtype=weights.dtype,
         tokens_per_device=wanted.prefill,
+        gated=Activation(kind=experts.attributes["activation"]).gated,
     )

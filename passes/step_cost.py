@@ -21,10 +21,12 @@ def step_cost(
     slots: int,
     dtype: str,
     tokens_per_device: int,
+    gated: bool = True,
 ) -> StepCost:
     """The latency model of the expert layer as a straight line through balanced load and half as much again.
 
-    slots: experts that a device holds. The times are predictions; cluster.device.confidence() says how good.
+    slots: experts that a device holds; gated: whether they have a gate beside up. The times are predictions;
+    cluster.device.confidence() says how good.
     """
     rows = float(tokens_per_device * top_k)
     layer = ExpertLayer(
@@ -34,6 +36,7 @@ def step_cost(
         hidden=hidden,
         intermediate=intermediate,
         dtype=dtype,
+        gated=gated,
     )
     balanced = latency_us(layer, cluster)
     slope = (latency_us(replace(layer, rows=1.5 * rows), cluster) - balanced) / (0.5 * rows)

@@ -26,6 +26,15 @@ def narrow(values, dtype: tl.constexpr, BACKEND: tl.constexpr):
 
 
 @triton.jit
+def load_inside(ptrs, inside, WHOLE: tl.constexpr):
+    """What ptrs hold, zero where it is not inside; a WHOLE block needs no mask."""
+    if WHOLE:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, inside, other=0.0)
+
+
+@triton.jit
 def accumulate_dot(a, b, acc, BACKEND: tl.constexpr):
     """acc + a @ b in fp32; Triton's interpreter would multiply bf16 as raw integers."""
     if BACKEND == "interpret":

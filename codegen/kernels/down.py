@@ -6,7 +6,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moecc.codegen.kernels.common import accumulate_dot, is_last_arrival, locate_tile, narrow, widen
+from moecc.codegen.kernels.common import (
+    accumulate_dot,
+    is_last_arrival,
+    load_inside,
+    locate_tile,
+    narrow,
+    widen,
+)
 
 
 @triton.jit
@@ -86,10 +93,10 @@ def combine_if_last(
 @triton.jit(do_not_specialize=["num_tokens"])
 def down_kernel(
     h_ptr,  # [rows, INTERMEDIATE]
-    down_ptr,  # [experts, HIDDEN, INTERMEDIATE]
+    down_ptr,  # [experts, HIDDEN, INTERMEDIATE], or [experts, INTERMEDIATE, HIDDEN] where TRANSPOSED
     down_bias_ptr,  # [experts, HIDDEN]
     topk_ids_ptr,  # [tokens, TOP_K]
-    topk_weights_ptr,  # [tokens, TOP_K]
+    topk_weights_ptr,  # [tokens, TOP_K], with WEIGHTED
     partial_ptr,  # [tokens * TOP_K, HIDDEN] out, by slot
     residual_ptr,  # [tokens, HIDDEN], with FUSE_COMBINE
     out_ptr,  # [tokens, HIDDEN] out, with FUSE_COMBINE
@@ -104,7 +111,9 @@ def down_kernel(
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     HAS_EXPERT_BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     FUSE_COMBINE: tl.constexpr,
     COMBINE_T: tl.constexpr,
@@ -115,6 +124,8 @@ def down_kernel(
     BACKEND: tl.constexpr,
 ):
     """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once."""
+    COLUMN_STRIDE: tl.constexpr = 1 if TRANSPOSED else INTERMEDIATE
+    K_STRIDE: tl.constexpr = HIDDEN if TRANSPOSED else 1
     COLUMN_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     num_tiles = tl.load(num_tiles_ptr)
     if tl.program_id(0) >= num_tiles * COLUMN_BLOCKS:
@@ -128,25 +139,23 @@ def down_kernel(
 
     h_ptrs = h_ptr + tl.where(is_row, row, 0).to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
     weights_ptr = down_ptr + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE)
-    down_ptrs = weights_ptr + (n % HIDDEN)[None, :] * INTERMEDIATE + k[:, None]
+    down_ptrs = weights_ptr + (n % HIDDEN)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, INTERMEDIATE, BLOCK_K):
-        if INTERMEDIATE % BLOCK_K == 0:
-            h, weights = tl.load(h_ptrs), tl.load(down_ptrs)
-        else:
-            inside = k < INTERMEDIATE - start
-            h = tl.load(h_ptrs, inside[None, :], other=0.0)
-            weights = tl.load(down_ptrs, inside[:, None], other=0.0)
+        inside = k < INTERMEDIATE - start
+        h = load_inside(h_ptrs, inside[None, :], INTERMEDIATE % BLOCK_K == 0)
+        weights = load_inside(down_ptrs, inside[:, None], INTERMEDIATE % BLOCK_K == 0)
         total = accumulate_dot(h, weights, total, BACKEND)
         h_ptrs += BLOCK_K
-        down_ptrs += BLOCK_K
+        down_ptrs += BLOCK_K * K_STRIDE
 
     is_column = n < HIDDEN
     if HAS_EXPERT_BIAS:
         bias = tl.load(down_bias_ptr + expert * HIDDEN + n, is_column, other=0.0)
         total += widen(bias, BACKEND)[None, :]
     slot = tl.load(sorted_slots_ptr + row, is_row, other=0)
-    total *= tl.load(topk_weights_ptr + slot, is_row, other=0.0)[:, None]
+    if WEIGHTED:
+        total *= tl.load(topk_weights_ptr + slot, is_row, other=0.0)[:, None]
     partial_ptrs = partial_ptr + slot.to(tl.int64)[:, None] * HIDDEN + n[None, :]
     tl.store(
         partial_ptrs,

@@ -89,6 +89,14 @@ def drop_weak_groups(
 
 
 @triton.jit
+def mixer_weight(keys, JITTER: tl.constexpr):
+    """The largest key's softmax among the keys near it, [BLOCK_T]: `Router` says what is near."""
+    best = tl.max(keys, axis=1)[:, None]
+    near = best - keys <= 2.0 * JITTER * tl.maximum(tl.abs(keys), best)
+    return 1.0 / tl.sum(tl.where(near, tl.exp(keys - best), 0.0), axis=1)
+
+
+@triton.jit
 def take_top_k(
     keys,
     values,
@@ -96,10 +104,13 @@ def take_top_k(
     COLUMNS: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOT_BLOCK: tl.constexpr,
+    SCORE: tl.constexpr,
+    JITTER: tl.constexpr,
 ):
     """TOP_K rounds of argmax: columns and values of the selected, [BLOCK_T, SLOT_BLOCK] each.
 
     Every key is above -inf or not selectable, and at least TOP_K are selectable: the columns are distinct.
+    Sparsemixer weights each by the keys that its round still has.
     """
     column = tl.arange(0, COLUMNS)[None, :]
     j = tl.arange(0, SLOT_BLOCK)[None, :]
@@ -109,7 +120,9 @@ def take_top_k(
         best = tl.argmax(keys, axis=1, tie_break_left=True)[:, None]
         is_best = column == best
         columns = tl.where(j == k, best, columns)
-        selected = tl.where(j == k, tl.sum(tl.where(is_best, values, 0.0), axis=1)[:, None], selected)
+        taken = tl.sum(tl.where(is_best, values, 0.0), axis=1)
+        weight = mixer_weight(keys, JITTER) if SCORE == "sparsemixer" else taken
+        selected = tl.where(j == k, weight[:, None], selected)
         keys = tl.where(is_best, float("-inf"), keys)
     return columns, selected
 
@@ -176,6 +189,7 @@ def route_tokens(
     NORM_EPS: tl.constexpr,
     NORM_MIN: tl.constexpr,
     SCALE: tl.constexpr,
+    JITTER: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """logits [BLOCK_T, COLUMNS] -> columns and weights of the selected, [BLOCK_T, SLOT_BLOCK] each."""
@@ -184,7 +198,7 @@ def route_tokens(
     is_expert = (column % GROUP_PAD < GROUP_SIZE) & (column // GROUP_PAD < GROUPS)
     logits = tl.where(is_expert[None, :], logits, float("-inf"))
     scores = logits
-    if not SELECT_FIRST:
+    if not SELECT_FIRST and SCORE != "sparsemixer":
         scores = score_logits(logits, SCORE)
     keys = scores
     if SELECTION_BIAS and not SELECT_FIRST:
@@ -197,7 +211,7 @@ def route_tokens(
     keys = tl.where(is_expert[None, :], keys, float("-inf"))
     if GROUPS > 1 and not SELECT_FIRST:
         keys = drop_weak_groups(keys, BLOCK_T, GROUPS, GROUP_BLOCK, GROUP_PAD, TOP_GROUPS, GROUP_SCORE)
-    columns, weights = take_top_k(keys, scores, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
+    columns, weights = take_top_k(keys, scores, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK, SCORE, JITTER)
 
     is_slot = (tl.arange(0, SLOT_BLOCK) < TOP_K)[None, :]
     if SELECT_FIRST:
@@ -240,6 +254,7 @@ def router_kernel(
     NORM_EPS: tl.constexpr,
     NORM_MIN: tl.constexpr,
     SCALE: tl.constexpr,
+    JITTER: tl.constexpr,
     HAS_ROUTER_BIAS: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -309,6 +324,7 @@ def router_kernel(
         NORM_EPS,
         NORM_MIN,
         SCALE,
+        JITTER,
         BACKEND,
     )
     # Slots past TOP_K are the shared experts: every token, weight 1.

@@ -157,6 +157,7 @@ def model_step_cost(
         slots=slots,
         dtype=model.dtype,
         tokens_per_device=tokens_per_device,
+        gated=model.activation.gated,
     )
     return cost, cluster.device.confidence()
 

@@ -73,6 +73,12 @@ def _size_problems(model: ModelSpec) -> Iterator[Problem]:
     for key, value, low, high in sizes:
         if value is not None and not low <= value <= high:
             yield Problem(key, f"{key} {value} is out of range", f"{key} must be in [{low}, {high}]")
+    if model.shared_experts.gated and model.shared_experts.count != 1:
+        yield Problem(
+            "shared_experts.gated",
+            f"a gate weights one shared expert, not {model.shared_experts.count}",
+            "write count: 1 and the width of all, or remove gated",
+        )
     if model.activation.kind == "clamped_swiglu" and not (0 < model.activation.limit < math.inf):
         yield Problem("activation", "the clamp limit must be positive", "gpt-oss uses limit 7.0")
 
@@ -109,6 +115,20 @@ def _router_problems(router: Router, experts: int, top_k: int) -> Iterator[Probl
             "select_first scores the selected logits only: groups, selection bias and normalize do not apply",
             "remove them, or remove select_first",
         )
+    if router.score == "sparsemixer" and (router.select_first or router.selection_bias or router.groups > 1):
+        yield Problem(
+            "router.score",
+            "sparsemixer takes experts by their logits alone: select_first, selection bias and groups do not apply",
+            "remove them, or use another score",
+        )
+    if router.score == "sparsemixer" and router.normalize:
+        yield Problem("router.normalize", "sparsemixer's weights are never normalised", "remove normalize")
+    if not 0 <= router.jitter < math.inf:
+        yield Problem(
+            "router.jitter", f"jitter {router.jitter:g} is out of range", "jitter must be 0 or larger"
+        )
+    elif router.jitter and router.score != "sparsemixer":
+        yield Problem("router.jitter", f"jitter has no effect on {router.score}", "write score: sparsemixer")
     for key, value in (("norm_eps", router.norm_eps), ("norm_min", router.norm_min)):
         if not 0 <= value < math.inf:
             yield Problem(f"router.{key}", f"{key} {value:g} is out of range", f"{key} must be 0 or larger")

@@ -8,17 +8,42 @@ from pathlib import Path
 
 from moecc.errors import InputError, Location
 from moecc.frontend.checks import check_model, closest_hint
-from moecc.frontend.families import base, deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
+from moecc.frontend.families import (
+    base,
+    deepseek_v2,
+    deepseek_v3,
+    ernie4_5_moe,
+    glm4_moe,
+    gpt_oss,
+    granitemoe,
+    jamba,
+    minimax_m2,
+    mixtral,
+    nemotron_h,
+    olmoe,
+    phimoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from moecc.frontend.fields import Fields, JsonObject, load_json, parse_json
 from moecc.frontend.spec import ModelSpec
 
 FAMILIES: Mapping[str, Callable[[JsonObject, str], ModelSpec]] = {
     "mixtral": mixtral.read,
+    "qwen2_moe": qwen2_moe.read,
     "qwen3_moe": qwen3_moe.read,
     "olmoe": olmoe.read,
+    "deepseek_v2": deepseek_v2.read,
     "deepseek_v3": deepseek_v3.read,
     "kimi_k2": deepseek_v3.read,
+    "glm4_moe": glm4_moe.read,
     "gpt_oss": gpt_oss.read,
+    "granitemoe": granitemoe.read,
+    "phimoe": phimoe.read,
+    "ernie4_5_moe": ernie4_5_moe.read,
+    "minimax_m2": minimax_m2.read,
+    "jamba": jamba.read,
+    "nemotron_h": nemotron_h.read,
 }
 
 INLINE_FIELDS = "hidden_size, moe_layers, experts, top_k, intermediate_size, router"

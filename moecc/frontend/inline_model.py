@@ -33,6 +33,7 @@ def inline_model(parsed: InlineModel, document: Document) -> ModelSpec:
         shared_experts=SharedExperts(
             count=shared.count,
             intermediate_size=(shared.intermediate_size or parsed.intermediate_size) if shared.count else 0,
+            gated=shared.gated,
         ),
         attention=_attention(parsed.attention, parsed.hidden_size, layers) if parsed.attention else None,
         dense_intermediate_size=parsed.dense_intermediate_size,
@@ -100,6 +101,7 @@ def _router(parsed: RouterFields) -> Router:
         norm_eps=parsed.norm_eps,
         norm_min=parsed.norm_min,
         scale=parsed.scale,
+        jitter=parsed.jitter,
     )
 
 

@@ -31,6 +31,7 @@ class RouterFields(_Strict):
     norm_eps: NotNegative = 0.0
     norm_min: NotNegative = 0.0
     scale: Positive = 1.0
+    jitter: NotNegative = 0.0
 
 
 class ActivationFields(_Strict):
@@ -42,6 +43,7 @@ class ActivationFields(_Strict):
 class SharedExpertsFields(_Strict):
     count: Count
     intermediate_size: Size | None = None
+    gated: bool = False
 
 
 class AttentionFields(_Strict):

@@ -28,15 +28,19 @@ DEFAULT_PREFILL_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExperts:
-    """Experts that every token visits; `intermediate_size` is that of one."""
+    """Experts that every token visits; `intermediate_size` is that of one.
+
+    `gated`: the one expert's output is weighted by sigmoid(x @ gate) of each token (Qwen2-MoE).
+    """
 
     count: int = 0
     intermediate_size: int = 0
+    gated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """The attention of every layer.
+    """The attention of every layer, or, where `layers` are named, of those.
 
     gqa: `kv_heads` keys and values of `head_dim` are cached per token.
     mla (DeepSeek): one latent of `kv_lora_rank` and one rotary key of `qk_rope_head_dim` are cached per token;
@@ -55,6 +59,7 @@ class Attention:
     q_lora_rank: int | None = None
     sliding_window: int | None = None
     window_layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] | None = None
 
     @property
     def kv_elements(self) -> int:
@@ -65,10 +70,25 @@ class Attention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mamba:
+    """State-space mixers in the place of attention (Jamba, Nemotron-H): `parameters` are those of one layer.
+
+    A sequence keeps `state_elements` of recurrent state in `state_dtype`, and the last inputs of the convolution,
+    `window_elements` in the model's dtype.
+    """
+
+    layers: tuple[int, ...]
+    parameters: int
+    state_elements: int
+    window_elements: int
+    state_dtype: DType
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """An MoE model: shapes, router semantics, and where each value was written.
 
-    `moe_layers` and `dense_layers` are layer indices and together cover range(layers). `attention`,
+    `moe_layers` and `dense_layers` are layer indices; a layer of neither has no feed-forward part. `attention`,
     `dense_intermediate_size` and `vocab_size` are None where nobody gave them. `router_bias` is a bias on the
     gate linear; `expert_bias` are biases on both expert GEMMs. `notes` are sentences for the report.
     `locations` is keyed by attribute, as in "top_k" or "router.groups".
@@ -89,6 +109,7 @@ class ModelSpec:
     expert_bias: bool = False
     shared_experts: SharedExperts = SharedExperts()
     attention: Attention | None = None
+    mamba: Mamba | None = None
     dense_intermediate_size: int | None = None
     vocab_size: int | None = None
     tie_embeddings: bool = False
@@ -99,10 +120,11 @@ class ModelSpec:
 
     @property
     def expert_bytes(self) -> int:
-        """Weights of one expert of one layer: gate, up and down, and their biases."""
-        elements = 3 * self.hidden_size * self.intermediate_size
+        """Weights of one expert of one layer: gate (if it has one), up and down, and their biases."""
+        columns = self.activation.gate_up_columns(self.intermediate_size)
+        elements = self.hidden_size * (columns + self.intermediate_size)
         if self.expert_bias:
-            elements += 2 * self.intermediate_size + self.hidden_size
+            elements += columns + self.hidden_size
         return elements * DTYPE_BYTES[self.dtype]
 
 

@@ -66,11 +66,34 @@ def _is_odd(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Shared experts that run apart: every token selects all of them."""
+    """Shared experts that run apart: every token selects all of them, with weight 1 or by a gate."""
 
     kernels: Kernels
     shape: LayerShape
     weights: Weights
+    gated: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            return self.kernels.forward(x, self.weights)
+        everyone = self.everyone(x)
+        return self.kernels.experts(x, everyone, everyone.new_ones(everyone.shape).float(), self.weights)
+
+    def everyone(self, x: Tensor) -> Tensor:
+        """Ids of all shared experts for each token, [tokens, count] int32."""
+        import torch
+
+        ids = torch.arange(self.shape.experts, dtype=torch.int32, device=x.device)
+        return ids.repeat(len(x), 1)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """What `forward` should give, in float64."""
+        from moecc.runtime import reference
+
+        everyone = self.everyone(x)
+        ones = everyone.double().fill_(1.0)
+        weight = reference.logits(x, self.weights).sigmoid() if self.gated else ones
+        return reference.experts(x, everyone, weight, self.weights, self.shape.activation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +162,10 @@ def _load_layer(artifact: Artifact, tokens: int, where: tuple[str, str], generat
     if apart:
         shared_weights = random_weights(apart.shape, generator, device)
         shared = Shared(
-            kernels=load_kernels(artifact, apart, backend), shape=apart.shape, weights=shared_weights
+            kernels=load_kernels(artifact, apart, backend),
+            shape=apart.shape,
+            weights=shared_weights,
+            gated=apart.entry == "forward",
         )
     return Layer(
         function=function,
@@ -175,7 +201,8 @@ def _require_memory(artifact: Artifact, shapes: Sequence[LayerShape], distribute
 
 def _weight_bytes(shape: LayerShape) -> int:
     experts = shape.experts + shape.shared
-    return experts * 3 * shape.hidden * shape.intermediate * DTYPE_BYTES[shape.dtype]
+    columns = shape.gate_up_columns + shape.intermediate
+    return experts * columns * shape.hidden * DTYPE_BYTES[shape.dtype]
 
 
 def random_weights(shape: LayerShape, generator: Any, device: str) -> Weights:
@@ -191,9 +218,10 @@ def random_weights(shape: LayerShape, generator: Any, device: str) -> Weights:
         return values.to(device)
 
     experts, hidden, inner = shape.experts + shape.shared, shape.hidden, shape.intermediate
+    columns = shape.gate_up_columns
     weights = {
         "gate": normal(shape.experts, hidden, scale=hidden**-0.5),
-        "gate_up": normal(experts, 2 * inner, hidden, scale=hidden**-0.5),
+        "gate_up": normal(experts, columns, hidden, scale=hidden**-0.5),
         "down": normal(experts, hidden, inner, scale=inner**-0.5),
     }
     if shape.has_router_bias:
@@ -201,7 +229,7 @@ def random_weights(shape: LayerShape, generator: Any, device: str) -> Weights:
     if shape.router.selection_bias:
         weights["correction_bias"] = normal(shape.experts, scale=0.1).float()
     if shape.has_expert_bias:
-        weights["gate_up_bias"] = normal(experts, 2 * inner, scale=0.1)
+        weights["gate_up_bias"] = normal(experts, columns, scale=0.1)
         weights["down_bias"] = normal(experts, hidden, scale=0.1)
     return weights
 
@@ -231,11 +259,8 @@ def _forward(layer: Layer, x: Tensor) -> Done:
             total.index_add_(0, share.tokens, rows.float())
             launches += len(layer.kernels.launches(len(share.tokens)))
     if layer.shared is not None:
-        shared = layer.shared
-        everyone = torch.arange(shared.shape.experts, dtype=torch.int32, device=x.device).repeat(len(x), 1)
-        ones = torch.ones(everyone.shape, device=x.device)
-        total += shared.kernels.experts(x, everyone, ones, shared.weights).float()
-        launches += len(shared.kernels.launches(len(x)))
+        total += layer.shared.forward(x).float()
+        launches += len(layer.shared.kernels.launches(len(x)))
     return Done(ids, topk_weights, total.to(x.dtype), launches)
 
 
@@ -250,13 +275,14 @@ def _checked(result: RunResult, layer: Layer, x: Tensor, done: Done) -> RunResul
     if selection_error > SELECTION_TOLERANCE:
         return replace(result, relative_error=math.inf, max_abs_error=math.inf)
     exact = done.topk_weights.double()
-    exact[:, : shape.top_k] = reference.routing_weights(shape.router, selection, done.ids[:, : shape.top_k])
+    routed = exact[:, : shape.top_k]
+    exact[:, : shape.top_k] = reference.nearest_weights(
+        shape.router, selection, done.ids[:, : shape.top_k], routed
+    )
     weight_error = float((exact - done.topk_weights).abs().max())
     expected = reference.experts(x, done.ids, exact, weights, shape.activation)
     if layer.shared is not None:
-        everyone = done.ids.new_tensor(range(layer.shared.shape.experts)).repeat(len(x), 1)
-        ones = everyone.double().fill_(1.0)
-        expected += reference.experts(x, everyone, ones, layer.shared.weights, layer.shared.shape.activation)
+        expected += layer.shared.reference(x)
     difference = done.out.double() - expected
     return replace(
         result,

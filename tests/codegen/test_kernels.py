@@ -6,6 +6,7 @@ import math
 import os
 import random
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from moecc.autotune.defaults import default_configs
 from moecc.codegen.config import KernelConfigs, LayerShape
 from moecc.codegen.launcher import Launcher
 from moecc.codegen.switches import freeze_configs, freeze_layer
-from moecc.ir.semantics import Activation, Router
+from moecc.ir.semantics import Activation, ActivationKind, Router
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -75,6 +76,26 @@ FAMILIES = {
         top_k=3,
         router=Router(selection_bias=True, normalize=True, norm_min=0.4),
     ),
+    "minimax-m2": LayerShape(
+        tokens=17,
+        hidden=48,
+        intermediate=24,
+        experts=96,
+        top_k=8,
+        router=Router(score="sigmoid", selection_bias=True, normalize=True),
+    ),
+    "phimoe": LayerShape(
+        tokens=17,
+        hidden=56,
+        intermediate=24,
+        experts=12,
+        top_k=2,
+        router=Router(score="sparsemixer", jitter=0.3),
+    ),
+    # The gate of Qwen2-MoE's shared expert is a router of one expert.
+    "shared-gate": LayerShape(
+        tokens=17, hidden=48, intermediate=72, experts=1, top_k=1, router=Router(score="sigmoid")
+    ),
 }
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
@@ -105,13 +126,15 @@ def make_inputs(
 
     weights = {
         "gate": normal(shape.experts, hidden, scale=2 / math.sqrt(hidden)),
-        "gate_up": normal(total, 2 * inner, hidden, scale=2 / math.sqrt(hidden)),
+        "gate_up": normal(total, shape.gate_up_columns, hidden, scale=2 / math.sqrt(hidden)),
         "down": normal(total, hidden, inner, scale=1 / math.sqrt(inner)),
         "router_bias": normal(shape.experts),
         "correction_bias": torch.randn(shape.experts, generator=generator) * 0.2,
-        "gate_up_bias": normal(total, 2 * inner),
+        "gate_up_bias": normal(total, shape.gate_up_columns),
         "down_bias": normal(total, hidden),
     }
+    if shape.transposed:
+        weights |= {name: weights[name].mT.contiguous() for name in ("gate_up", "down")}
     x = normal(shape.tokens, hidden)
     return x.to(DEVICE), {name: tensor.to(DEVICE) for name, tensor in weights.items()}
 
@@ -136,6 +159,11 @@ def reference_route(
         logits += weights["router_bias"].cpu().double()
     all_ids, all_weights = [], []
     for row in logits:
+        if router.score == "sparsemixer":
+            ids, chosen = _mixed(router.jitter, row.tolist(), shape.top_k)
+            all_ids.append(ids)
+            all_weights.append(torch.tensor(chosen, dtype=torch.float64) * router.scale)
+            continue
         scores = row if router.select_first else _score(router, row)
         selection = scores + weights["correction_bias"].cpu().double() if router.selection_bias else scores
         allowed = list(range(shape.experts))
@@ -157,6 +185,20 @@ def reference_route(
     return torch.tensor(all_ids), torch.stack(all_weights)
 
 
+def _mixed(jitter: float, row: list[float], top_k: int) -> tuple[list[int], list[float]]:
+    """Sparsemixer in evaluation: each taken logit is weighed against the near ones that are left."""
+    ids: list[int] = []
+    weights = []
+    for _ in range(top_k):
+        left = [e for e in range(len(row)) if e not in ids]
+        taken = max(left, key=lambda e: row[e])
+        best = row[taken]
+        near = [row[e] for e in left if (best - row[e]) / max(abs(row[e]), best) <= 2 * jitter]
+        ids.append(taken)
+        weights.append(1 / sum(math.exp(logit - best) for logit in near))
+    return ids, weights
+
+
 def _score(router: Router, row: torch.Tensor) -> torch.Tensor:
     return torch.softmax(row, 0) if router.score == "softmax" else 1 / (1 + torch.exp(-row))
 
@@ -170,6 +212,8 @@ def reference_experts(
 ) -> torch.Tensor:
     """float64 [tokens, hidden]; ids outside the experts add nothing."""
     w = {name: tensor.cpu().double() for name, tensor in weights.items()}
+    if shape.transposed:
+        w |= {name: w[name].mT for name in ("gate_up", "down")}
     out = torch.zeros(len(x), shape.hidden, dtype=torch.float64)
     for t, row in enumerate(x.cpu().double()):
         for expert, weight in zip(ids[t].tolist(), topk_weights[t].tolist(), strict=True):
@@ -178,20 +222,34 @@ def reference_experts(
             gate_up = w["gate_up"][expert] @ row
             if shape.has_expert_bias:
                 gate_up = gate_up + w["gate_up_bias"][expert]
-            down = w["down"][expert] @ _activate(shape.activation, *gate_up.chunk(2))
+            down = w["down"][expert] @ _activate(shape, gate_up)
             if shape.has_expert_bias:
                 down = down + w["down_bias"][expert]
             out[t] += weight * down
     return out
 
 
-def _activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    if activation.kind == "silu_glu":
-        return torch.nn.functional.silu(gate) * up
-    if activation.kind == "gelu_glu":
-        return torch.nn.functional.gelu(gate) * up
-    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-    return (up + 1) * gate / (1 + torch.exp(-activation.alpha * gate))
+def _activate(shape: LayerShape, pre: torch.Tensor) -> torch.Tensor:
+    """The activation of one row, from the formulas of `Activation`."""
+    activation = shape.activation
+    if not activation.gated:
+        return _squash(activation, pre)
+    gate, up = pre.view(-1, 2).T if shape.interleaved else pre.view(2, -1)
+    if activation.kind == "clamped_swiglu":
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return (up + 1) * gate / (1 + torch.exp(-activation.alpha * gate))
+    return _squash(activation, gate) * up
+
+
+def _squash(activation: Activation, x: torch.Tensor) -> torch.Tensor:
+    functions = {
+        "silu": x / (1 + torch.exp(-x)),
+        "gelu": x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+        "gelu_tanh": x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+        "relu": x.clamp(min=0),
+        "relu2": x.clamp(min=0) ** 2,
+    }
+    return functions[activation.function]
 
 
 def with_shared(
@@ -233,6 +291,46 @@ def test_families(family, tokens, generator):
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
 def test_16_bit_types(family, dtype, generator):
     check_layer(replace(FAMILIES[family], tokens=33, dtype=dtype), generator)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", get_args(ActivationKind))
+def test_activations(kind, dtype, generator):
+    shape = replace(FAMILIES["mixtral"], activation=Activation(kind=kind), has_expert_bias=True)
+    check_layer(replace(shape, tokens=random.randrange(1, 40), dtype=dtype), generator)
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu2", "clamped_swiglu"])
+def test_activations_keep_nan(kind, generator):
+    shape = replace(FAMILIES["mixtral"], activation=Activation(kind=kind), dtype="float32")
+    x, weights = make_inputs(shape, generator)
+    x[3] = torch.nan
+    ids = torch.arange(34, device=DEVICE).view(17, 2) % 8
+    out = launcher(shape).experts(x, ids, torch.ones(17, 2, device=DEVICE), weights)
+    assert out[3].isnan().all()
+    assert out[:3].isfinite().all()
+
+
+LAYOUTS = {
+    "transposed": {"transposed": True},
+    "interleaved": {"interleaved": True},
+    "transposed and interleaved": {"transposed": True, "interleaved": True},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, dtype, generator):
+    """Ragged, in one block and in several with masked tails."""
+    shape = replace(FAMILIES["gpt-oss"], hidden=72, intermediate=40, dtype=dtype, **LAYOUTS[layout])
+    check_layer(shape, generator)
+    tile = {"block_m": 16, "block_n": 32, "block_k": 32, "group_m": 3}
+    check_layer(shape, generator, gate_up=tile, down=tile)
+
+
+def test_ungated_transposed(generator):
+    shape = replace(FAMILIES["mixtral"], activation=Activation(kind="relu2"), dtype="float32")
+    check_layer(replace(shape, transposed=True), generator)
 
 
 def test_all_tokens_on_one_expert(generator):

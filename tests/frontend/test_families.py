@@ -3,166 +3,97 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from family_cases import CASES, correction_bias, feed_forward, fill
 
 from moecc.errors import InputError
 from moecc.frontend.hf_config import load_hf_config, load_preset, preset_names
 from moecc.frontend.spec import ModelSpec
-from moecc.ir.semantics import Router
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 3,
-    "dtype": "bfloat16",
-}
-DEEPSEEK = {
-    **COMMON,
-    "num_key_value_heads": 4,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 16,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 10,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 6,
-    "v_head_dim": 8,
-    "num_mtp_layers": 0,
-}
-QWEN = {**COMMON, "intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 16, "head_dim": 16}
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "mixtral": (
-        "Mixtral",
-        "MixtralTopKRouter",
-        {**COMMON, "intermediate_size": 24, "num_local_experts": 16, "sliding_window": 7},
-    ),
-    "qwen3": ("Qwen3Moe", "Qwen3MoeTopKRouter", {**QWEN, "norm_topk_prob": True}),
-    "qwen3-raw": (
-        "Qwen3Moe",
-        "Qwen3MoeTopKRouter",
-        {**QWEN, "mlp_only_layers": [2], "norm_topk_prob": False},
-    ),
-    "qwen3-sparse": ("Qwen3Moe", "Qwen3MoeTopKRouter", {**QWEN, "decoder_sparse_step": 2}),
-    "olmoe": ("Olmoe", "OlmoeTopKRouter", {**COMMON, "intermediate_size": 24, "num_experts": 16}),
-    "olmoe-norm": (
-        "Olmoe",
-        "OlmoeTopKRouter",
-        {
-            **COMMON,
-            "intermediate_size": 24,
-            "num_experts": 16,
-            "norm_topk_prob": True,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "deepseek": ("DeepseekV3", "DeepseekV3TopkRouter", {**DEEPSEEK, "n_group": 4, "topk_group": 2}),
-    "deepseek-raw": (
-        "DeepseekV3",
-        "DeepseekV3TopkRouter",
-        {**DEEPSEEK, "n_group": 8, "topk_group": 3, "norm_topk_prob": False, "q_lora_rank": None},
-    ),
-    "kimi": (
-        "DeepseekV3",
-        "DeepseekV3TopkRouter",
-        {**DEEPSEEK, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827},
-    ),
-    "gpt-oss": (
-        "GptOss",
-        "GptOssTopKRouter",
-        {**COMMON, "intermediate_size": 24, "num_local_experts": 16, "head_dim": 16},
-    ),
-}
-
-
-def module_of(case: str) -> Any:
-    kind = CASES[case][0]
-    folder = {"Mixtral": "mixtral", "Qwen3Moe": "qwen3_moe", "Olmoe": "olmoe", "DeepseekV3": "deepseek_v3"}
-    name = folder.get(kind, "gpt_oss")
-    return __import__(f"transformers.models.{name}.modeling_{name}", fromlist=["x"])
-
-
-def config_of(case: str) -> Any:
-    kind, _, values = CASES[case]
-    return getattr(transformers, f"{kind}Config")(**values)
-
-
-def spec_of(case: str, folder: Path) -> ModelSpec:
-    """Through the file that transformers itself writes."""
-    config_of(case).save_pretrained(folder)
-    return load_hf_config(folder)
-
-
-def reference_router(
-    router: Router, top_k: int, logits: np.ndarray, correction: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """`Router`'s docstring in float64, token by token: ids and weights [tokens, top_k]."""
-
-    def score(x: np.ndarray) -> np.ndarray:
-        if router.score == "sigmoid":
-            return 1 / (1 + np.exp(-x))
-        return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
-
-    ids, weights = [], []
-    for row in logits.astype(np.float64):
-        if router.select_first:
-            chosen = np.argsort(-row, kind="stable")[:top_k]
-            weight = score(row[chosen])
-        else:
-            scores = score(row)
-            selection = scores + correction if router.selection_bias else scores.copy()
-            grouped = selection.reshape(router.groups, -1)
-            best = -np.sort(-grouped, axis=1)
-            rank = best[:, 0] if router.group_score == "max" else best[:, :2].sum(axis=1)
-            out = np.argsort(-rank, kind="stable")[router.top_groups :]
-            grouped[out] = -np.inf
-            chosen = np.argsort(-selection, kind="stable")[:top_k]
-            weight = scores[chosen]
-            if router.normalize:
-                weight = weight / max(weight.sum() + router.norm_eps, router.norm_min)
-        ids.append(chosen)
-        weights.append(weight * router.scale)
-    return np.array(ids), np.array(weights)
+from moecc.runtime import reference
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_router_computes_what_transformers_computes(case: str, tmp_path: Path) -> None:
-    spec, config = spec_of(case, tmp_path), config_of(case)
+    spec, gate = CASES[case].spec(tmp_path), CASES[case].router_of()
     generator = torch.Generator().manual_seed(len(case))
-    gate = getattr(module_of(case), CASES[case][1])(config).float()
-    for tensor in (*gate.parameters(), *gate.buffers()):
-        tensor.data = torch.randn(tensor.shape, generator=generator)
-    hidden = torch.randn(64, config.hidden_size, generator=generator)
+    fill(gate, generator)
+    hidden = torch.randn(64, spec.hidden_size, generator=generator)
+    correction = correction_bias(gate)
     with torch.no_grad():
-        _, weights, ids = gate(hidden)
-    logits = hidden.double() @ gate.weight.double().T
-    if spec.router_bias:
-        logits = logits + gate.bias.double()
-    assert spec.router_bias == hasattr(gate, "bias")
-    assert spec.router.selection_bias == hasattr(gate, "e_score_correction_bias")
-    correction = getattr(gate, "e_score_correction_bias", torch.zeros(spec.experts)).double().numpy()
-    want_ids, want = reference_router(spec.router, spec.top_k, logits.detach().numpy(), correction)
-    dense, want_dense = np.zeros((64, spec.experts)), np.zeros((64, spec.experts))
-    np.put_along_axis(dense, ids.numpy(), weights.double().numpy(), axis=1)
-    np.put_along_axis(want_dense, want_ids, want, axis=1)
+        if case == "minimax-m2":  # the block holds the bias
+            correction = torch.randn(spec.experts, generator=generator)
+            logits, weights, ids = gate(hidden, correction)
+        else:
+            logits, weights, ids = gate(hidden)
+    assert spec.router_bias == (getattr(gate, "bias", None) is not None)
+    assert spec.router.selection_bias == (correction is not None)
     assert spec.top_k == ids.shape[1]
-    np.testing.assert_array_equal(np.sort(ids.numpy()), np.sort(want_ids))
-    np.testing.assert_allclose(dense, want_dense, rtol=2e-5, atol=1e-7)
+    selection = reference.select(spec.router, logits.double(), correction)
+    torch.testing.assert_close(
+        np.sort(ids.numpy()), np.sort(selection.selecting.topk(spec.top_k).indices.numpy())
+    )
+    want = reference.routing_weights(spec.router, selection, ids)
+    torch.testing.assert_close(weights.double(), want, rtol=2e-5, atol=1e-7)
+
+
+BLOCKS = [case for case in CASES if case != "gpt-oss"]  # interleaved and transposed: see the next test
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_the_block_computes_what_transformers_computes(case: str, tmp_path: Path) -> None:
+    """Router, experts, shared experts and the gate before them, from nothing but the spec and the weights."""
+    spec, model = CASES[case].spec(tmp_path), CASES[case].model()
+    block = feed_forward(model.model.layers[spec.moe_layers[-1]])
+    generator = torch.Generator().manual_seed(len(case))
+    fill(block, generator)
+    x = torch.randn(1, 48, spec.hidden_size, generator=generator)
+    with torch.no_grad():
+        got = block(x)[0]
+        want = _block(spec, block, x[0])
+    assert got.norm() > 1
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def _block(spec: ModelSpec, block: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the spec says that the block computes: [tokens, hidden] in float64."""
+    router = block.gate if hasattr(block, "gate") else block.router
+    logits = reference.logits(x, {"gate": router.weight})
+    selection = reference.select(spec.router, logits, correction_bias(block))
+    ids = selection.selecting.topk(spec.top_k).indices
+    weights = reference.routing_weights(spec.router, selection, ids)
+    first = block.experts.gate_up_proj if spec.activation.gated else block.experts.up_proj
+    experts = {"gate_up": first, "down": block.experts.down_proj}
+    out = reference.experts(x, ids, weights, experts, spec.activation)
+    if spec.shared_experts.count:
+        out += _shared(spec, block, x)
+    return out
+
+
+def _shared(spec: ModelSpec, block: Any, x: torch.Tensor) -> torch.Tensor:
+    """transformers writes n shared experts as one of n times the width."""
+    mlp = block.shared_expert if hasattr(block, "shared_expert") else block.shared_experts
+    shared = spec.shared_experts
+    assert mlp.up_proj.weight.shape[0] == shared.count * shared.intermediate_size
+    first = [mlp.gate_proj.weight, mlp.up_proj.weight] if spec.activation.gated else [mlp.up_proj.weight]
+    weight = torch.ones(len(x), 1)
+    if shared.gated:
+        weight = reference.logits(x, {"gate": block.shared_expert_gate.weight}).sigmoid()
+    ids = torch.zeros(len(x), 1, dtype=torch.int32)
+    stacked = {"gate_up": torch.cat(first)[None], "down": mlp.down_proj.weight[None]}
+    return reference.experts(x, ids, weight, stacked, spec.activation)
 
 
 def test_clamped_swiglu_is_what_gpt_oss_computes(tmp_path: Path) -> None:
-    spec = spec_of("gpt-oss", tmp_path)
-    experts = module_of("gpt-oss").GptOssExperts(config_of("gpt-oss"))
+    spec = CASES["gpt-oss"].spec(tmp_path)
+    experts = CASES["gpt-oss"].module.GptOssExperts(CASES["gpt-oss"].config)
     gate_up = 9 * torch.randn(50, 2 * spec.intermediate_size, generator=torch.Generator().manual_seed(0))
     g, u = gate_up[:, ::2].double().numpy(), gate_up[:, 1::2].double().numpy()
     act = spec.activation
@@ -184,24 +115,31 @@ def matrix_parameters(spec: ModelSpec) -> int:
         attention = q + kv + a.heads * a.v_head_dim * hidden
     else:
         attention = 2 * hidden * a.heads * a.head_dim + hidden * a.kv_elements
+    matrices = 3 if spec.activation.gated else 2
     shared = spec.shared_experts.count * spec.shared_experts.intermediate_size
-    moe = 3 * hidden * (experts * spec.intermediate_size + shared) + experts * hidden
+    moe = matrices * hidden * (experts * spec.intermediate_size + shared) + experts * hidden
+    moe += hidden if spec.shared_experts.gated else 0
     if spec.expert_bias:
         moe += experts * (2 * spec.intermediate_size + hidden)
-    dense = 3 * hidden * (spec.dense_intermediate_size or 0)
+    dense = matrices * hidden * (spec.dense_intermediate_size or 0)
     embeddings = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
-    return embeddings + spec.layers * attention + len(spec.moe_layers) * moe + len(spec.dense_layers) * dense
+    mamba = len(spec.mamba.layers) * spec.mamba.parameters if spec.mamba else 0
+    attentions = spec.layers if a.layers is None else len(a.layers)
+    feed_forwards = len(spec.moe_layers) * moe + len(spec.dense_layers) * dense
+    return embeddings + attentions * attention + mamba + feed_forwards
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_layers_and_parameters_are_those_of_the_real_model(case: str, tmp_path: Path) -> None:
-    spec = spec_of(case, tmp_path)
+    spec = CASES[case].spec(tmp_path)
     with torch.device("meta"):
-        model = getattr(module_of(case), f"{CASES[case][0]}ForCausalLM")(config_of(case))
-    moe = tuple(i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts"))
-    assert spec.moe_layers == moe
-    assert sorted(spec.moe_layers + spec.dense_layers) == list(range(spec.layers))
-    assert matrix_parameters(spec) == sum(p.numel() for p in model.parameters() if p.ndim > 1)
+        model = CASES[case].model()
+    blocks = dict(enumerate(map(feed_forward, model.model.layers)))
+    assert len(blocks) == spec.layers
+    assert spec.moe_layers == tuple(i for i, block in blocks.items() if hasattr(block, "experts"))
+    assert spec.dense_layers == tuple(i for i, block in blocks.items() if hasattr(block, "down_proj"))
+    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and "correction_bias" not in name]
+    assert matrix_parameters(spec) == sum(p.numel() for p in matrices)
 
 
 # Totals as published on the model cards and in the technical reports, in billions.
@@ -216,6 +154,15 @@ PUBLISHED = {
     "kimi-k2": 1040,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,
+    "qwen1.5-moe-a2.7b": 14.3,
+    "qwen2-57b-a14b": 57.4,
+    "deepseek-v2": 236,
+    "deepseek-v2-lite": 15.7,
+    "glm-4.5": 355,
+    "glm-4.5-air": 106,
+    "phi-3.5-moe": 41.9,
+    "minimax-m2": 230,
+    "jamba-v0.1": 51.6,
 }
 
 
@@ -234,9 +181,19 @@ def test_a_window_holds_for_the_layers_that_have_one(tmp_path: Path) -> None:
     alternating = load_preset("gpt-oss-20b").attention
     assert alternating is not None
     assert (alternating.sliding_window, alternating.window_layers) == (128, tuple(range(0, 24, 2)))
-    everywhere = spec_of("mixtral", tmp_path).attention
+    everywhere = CASES["mixtral"].spec(tmp_path).attention
     assert everywhere is not None
     assert (everywhere.sliding_window, everywhere.window_layers) == (7, (0, 1, 2, 3))
+
+
+def test_a_shared_expert_of_several_widths_is_several_experts(tmp_path: Path) -> None:
+    """Those can share the kernels of the routed ones; one behind a gate cannot."""
+    wide = CASES["nemotron-h-groups"].spec(tmp_path / "wide").shared_experts
+    assert (wide.count, wide.intermediate_size) == (3, 24)
+    odd = CASES["nemotron-h"].spec(tmp_path / "odd").shared_experts
+    assert (odd.count, odd.intermediate_size) == (1, 56)
+    gated = load_preset("qwen1.5-moe-a2.7b").shared_experts
+    assert (gated.count, gated.intermediate_size, gated.gated) == (1, 5632, True)
 
 
 def test_mla_caches_one_latent_and_one_rotary_key() -> None:
@@ -249,7 +206,7 @@ def test_what_the_config_does_not_settle_is_noted(tmp_path: Path) -> None:
     assert any("fp8" in note for note in load_preset("deepseek-v3").notes)
     path = tmp_path / "tiny" / "config.json"
     path.parent.mkdir()
-    config = {**CASES["qwen3"][2], "model_type": "qwen3_moe"}
+    config = {**CASES["qwen3"].values, "model_type": "qwen3_moe"}
     del config["dtype"]
     path.write_text(json.dumps(config))
     spec = load_hf_config(path)
@@ -259,7 +216,7 @@ def test_what_the_config_does_not_settle_is_noted(tmp_path: Path) -> None:
 
 def test_old_and_new_spellings_are_one_field(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    config = {**CASES["qwen3"][2], "model_type": "qwen3_moe", "num_local_experts": 16}
+    config = {**CASES["qwen3"].values, "model_type": "qwen3_moe", "num_local_experts": 16}
     path.write_text(json.dumps(config))
     assert load_hf_config(path).experts == 16
     path.write_text(json.dumps({**config, "num_local_experts": 8}))

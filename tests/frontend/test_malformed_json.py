@@ -38,7 +38,47 @@ DEEPSEEK: dict[str, Any] = {
     "v_head_dim": 4,
 }
 DEEPSEEK.pop("num_experts")
-FAMILIES = "mixtral, qwen3_moe, olmoe, deepseek_v3, kimi_k2, gpt_oss"
+QWEN2: dict[str, Any] = {
+    **GOOD,
+    "model_type": "qwen2_moe",
+    "shared_expert_intermediate_size": 48,
+    "num_key_value_heads": 2,
+}
+LOCAL: dict[str, Any] = {
+    "model_type": "phimoe",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 32,
+    "vocab_size": 100,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+ERNIE: dict[str, Any] = {
+    **LOCAL,
+    "model_type": "ernie4_5_moe",
+    "moe_intermediate_size": 32,
+    "moe_num_shared_experts": 1,
+    "moe_num_experts": 8,
+    "moe_k": 2,
+}
+NEMOTRON: dict[str, Any] = {
+    **LOCAL,
+    "model_type": "nemotron_h",
+    "moe_intermediate_size": 32,
+    "head_dim": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "moe_shared_expert_intermediate_size": 48,
+    "hybrid_override_pattern": "MEM*",
+}
+FAMILIES = (
+    "mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe, gpt_oss, granitemoe, phimoe, "
+    "ernie4_5_moe, minimax_m2, jamba, nemotron_h"
+)
 INLINE = "hidden_size, moe_layers, experts, top_k, intermediate_size, router"
 
 
@@ -164,7 +204,106 @@ CASES: dict[str, tuple[bytes, str]] = {
     ),
     "score": (
         text(DEEPSEEK, scoring_func="softmax"),
-        "21:19: scoring_func 'softmax' is not DeepSeek-V3's; hint: 'sigmoid' is supported",
+        "21:19: scoring_func 'softmax' is not supported; hint: deepseek_v3 computes 'sigmoid'",
+    ),
+    "no width of the shared expert": (
+        text(QWEN2, shared_expert_intermediate_size=None),
+        " 1 field is missing for family 'qwen2_moe': shared_expert_intermediate_size; "
+        "hint: download the model's config.json again, or write the fields inline in model.yaml",
+    ),
+    "window of no token": (
+        text(QWEN2, use_sliding_window=True, sliding_window=0),
+        "13:21: sliding_window 0 is too small; hint: it must be at least 1",
+    ),
+    "sparsemixer of three": (
+        text(LOCAL, num_experts_per_tok=3),
+        "6:26: num_experts_per_tok 3 is not what sparsemixer takes; hint: it takes 2 experts",
+    ),
+    "negative jitter": (
+        text(LOCAL, router_jitter_noise=-0.5),
+        "11:26: jitter -0.5 is out of range; hint: jitter must be 0 or larger",
+    ),
+    "deepseek-v2 normalises": (
+        text(DEEPSEEK, model_type="deepseek_v2"),
+        "15:21: norm_topk_prob true is not what transformers' DeepSeek-V2 computes; hint: false is supported",
+    ),
+    "deepseek-v2 method": (
+        text(DEEPSEEK, model_type="deepseek_v2", norm_topk_prob=False, topk_method="noaux_tc"),
+        "21:18: topk_method 'noaux_tc' is not supported; hint: greedy and group_limited_greedy are",
+    ),
+    "deepseek-v2 groups": (
+        text(
+            DEEPSEEK,
+            model_type="deepseek_v2",
+            norm_topk_prob=False,
+            topk_method="group_limited_greedy",
+            n_group=None,
+        ),
+        " 1 field is missing for family 'deepseek_v2': n_group; "
+        "hint: download the model's config.json again, or write the fields inline in model.yaml",
+    ),
+    "deepseek-v2 biases": (
+        text(DEEPSEEK, model_type="deepseek_v2", mlp_bias=True),
+        "21:15: mlp_bias adds biases to shared experts, which are not supported; hint: false is supported",
+    ),
+    "minimax score": (
+        text(LOCAL, model_type="minimax_m2", head_dim=16, scoring_func="softmax"),
+        "12:19: scoring_func 'softmax' is not supported; hint: minimax_m2 computes 'sigmoid'",
+    ),
+    "ernie biases": (
+        text(ERNIE, use_bias=True),
+        "15:15: use_bias adds biases to shared experts, which are not supported; hint: false is supported",
+    ),
+    "ernie without experts": (
+        text(ERNIE, moe_layer_start_index=4),
+        " the model has no MoE layer; hint: moecc compiles models with MoE layers",
+    ),
+    "ernie ends before it starts": (
+        text(ERNIE, moe_layer_end_index=-2),
+        "15:26: moe_layer_end_index -2 is too small; hint: it must be at least -1",
+    ),
+    "jamba offset": (
+        text(LOCAL, model_type="jamba", expert_layer_period=2, expert_layer_offset=2),
+        "12:26: expert_layer_offset 2 is not smaller than the period 2; hint: it must be in [0, 1]",
+    ),
+    "jamba without experts": (
+        text(LOCAL, model_type="jamba", num_local_experts=1, num_experts_per_tok=1),
+        " the model has no MoE layer; hint: moecc compiles models with MoE layers",
+    ),
+    "jamba rank": (
+        text(LOCAL, model_type="jamba", mamba_dt_rank="many"),
+        "11:20: mamba_dt_rank must be an integer, not the string 'many'; hint: write a JSON integer",
+    ),
+    "nemotron letter": (
+        text(NEMOTRON, hybrid_override_pattern="MEX*"),
+        "18:30: hybrid_override_pattern names an unknown layer 'X'; hint: known: M, *, -, E",
+    ),
+    "nemotron layers": (
+        text(NEMOTRON, hybrid_override_pattern="MEM"),
+        "18:30: hybrid_override_pattern has 3 items for 4 layers; hint: one for each layer",
+    ),
+    "nemotron name": (
+        text(NEMOTRON, layers_block_type=["moe", "dense"]),
+        "19:24: layers_block_type names an unknown layer 'dense'; "
+        "hint: known: mamba, attention, mlp, moe, linear_attention, full_attention",
+    ),
+    "nemotron without pattern": (
+        text(NEMOTRON, hybrid_override_pattern=None),
+        " 1 field is missing for family 'nemotron_h': hybrid_override_pattern; "
+        "hint: download the model's config.json again, or write the fields inline in model.yaml",
+    ),
+    "nemotron latent": (
+        text(NEMOTRON, moe_latent_size=16),
+        "19:22: moe_latent_size puts experts between two projections of their own, which is not supported; "
+        "hint: null is supported",
+    ),
+    "nemotron activation": (
+        text(NEMOTRON, mlp_hidden_act="tanh"),
+        "19:21: mlp_hidden_act 'tanh' is not supported; hint: relu2, relu, silu, gelu are",
+    ),
+    "nemotron state": (
+        text(NEMOTRON, mamba_ssm_cache_dtype="int8"),
+        "19:28: mamba_ssm_cache_dtype 'int8' is not supported; hint: one of bfloat16, float16, float32",
     ),
     "layer types": (
         text(model_type="gpt_oss", intermediate_size=32, layer_types=["full_attention"]),

@@ -206,8 +206,8 @@ CASES: dict[str, tuple[str | bytes, str]] = {
         "8:10: dtype cannot be the string 'fp8'; hint: known: bfloat16, float16, float32",
     ),
     "activation": (
-        edit("  router", "  activation: silu\n  router"),
-        "8:15: activation cannot be the string 'silu'; hint: did you mean 'silu_glu'?",
+        edit("  router", "  activation: silu_gl\n  router"),
+        "8:15: activation cannot be the string 'silu_gl'; hint: did you mean 'silu_glu'?",
     ),
     "bias": (
         edit("{score: softmax}", "{bias: true}"),
@@ -247,6 +247,23 @@ CASES: dict[str, tuple[str | bytes, str]] = {
         edit("{score: softmax}", "{select_first: true, normalize: true}"),
         "8:26: select_first scores the selected logits only: groups, selection bias and normalize do not apply; "
         "hint: remove them, or remove select_first",
+    ),
+    "sparsemixer with groups": (
+        edit("{score: softmax}", "{score: sparsemixer, groups: 2, top_groups: 1}"),
+        "8:19: sparsemixer takes experts by their logits alone: select_first, selection bias and groups do not apply; "
+        "hint: remove them, or use another score",
+    ),
+    "sparsemixer normalised": (
+        edit("{score: softmax}", "{score: sparsemixer, normalize: true}"),
+        "8:43: sparsemixer's weights are never normalised; hint: remove normalize",
+    ),
+    "idle jitter": (
+        edit("{score: softmax}", "{score: softmax, jitter: 0.01}"),
+        "8:36: jitter has no effect on softmax; hint: write score: sparsemixer",
+    ),
+    "two experts behind a gate": (
+        edit("  router", "  shared_experts: {count: 2, gated: true}\n  router"),
+        "8:37: a gate weights one shared expert, not 2; hint: write count: 1 and the width of all, or remove gated",
     ),
     "idle norm_eps": (
         edit("{score: softmax}", "{norm_eps: 1e-20}"),

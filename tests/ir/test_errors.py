@@ -9,7 +9,7 @@ from moecc.ir.parser import parse_module
 from moecc.ir.verifier import verify
 
 TEMPLATE = """module @m {{
-  func @f(%x: tokens<T x 16 x float32>, %g: weights<8 x 16 x float32>) {{layers = [0]}} {{
+  func @f(%x: tokens<T x 16 x float32>, %g: weights<8 x 16 x float32>, %s: weights<2 x 8 x 16 x float32>, %d: weights<2 x 16 x 4 x float32>, %o: weights<1 x 16 x float32>) {{layers = [0]}} {{
     {line}
     return %x
   }}
@@ -42,6 +42,8 @@ IN_LINE = {
     "%a = moe.residual(parts = []) : tokens<T x 16 x float32>": "3:10: moe.residual: needs at least one part",
     "%a = moe.gate(x = %x, weight = %g) ? tensor": "3:40: unexpected character '?'; hint: see docs/ir.md",
     "%a = moe.gate(x %x)": "3:21: expected '=', found '%x'; hint: see docs/ir.md",
+    "%a = moe.shared_expert(x = %x, gate_up = %s, down = %d, gate = %g) : tokens<T x 16 x float32>": "3:10: moe.shared_expert: shapes of gate disagree: (8, 16) and (1, 16)",
+    "%a = moe.shared_expert(x = %x, gate_up = %s, down = %d, gate = %o) : tokens<T x 16 x float32>": "3:10: moe.shared_expert: experts behind the gate disagree: 2 and 1",
     '%a = buffer.alloc() {type = "tokens<1>"} : tokens<T x 16 x float32>': "3:10: malformed type 'tokens<1>'; hint",
 }
 ROUTES = {
@@ -50,6 +52,8 @@ ROUTES = {
     "{top_k = 3, groups = 4}": "moe.route: top_k 3 is larger than the 2 experts of 1 groups; hint: top_k must be in [1, 2]",
     '{top_k = 2, score = "tanh"}': "moe.route: attribute 'score' must be one of softmax, sigmoid",
     "{top_k = 2, selection_bias = true}": "moe.route: selection_bias must be true exactly where a correction_bias is given",
+    '{top_k = 2, score = "sparsemixer", normalize = true}': "moe.route: sparsemixer takes experts by their logits alone",
+    '{top_k = 2, score = "sparsemixer", jitter = -0.1}': "moe.route: attribute 'jitter' must be at least 0",
     "{top_k = 0}": "moe.route: attribute 'top_k' must be at least 1",
 }
 WHOLE = {

@@ -54,7 +54,15 @@ CASES: dict[type[Op], tuple[dict[str, str | list[str]], dict[str, Any]]] = {
         {"limit": 6.5},
     ),
     ops.Combine: ({"rows": "tokens<3*T x 16 x float16>", "routing": ROUTING}, {}),
-    ops.SharedExpert: ({"x": X, **EXPERTS}, {"activation": "gelu_glu"}),
+    ops.SharedExpert: (
+        {
+            "x": X,
+            "gate_up": "weights<1 x 12 x 16 x float16>",
+            "down": "weights<1 x 16 x 6 x float16>",
+            "gate": "weights<1 x 16 x float16>",
+        },
+        {"activation": "gelu_glu"},
+    ),
     ops.Residual: ({"parts": [X, X]}, {}),
     ops.Concat: ({"parts": ["tokens<1/2*T x 16 x float16>"] * 2}, {}),
     ops.FusedRouter: ({"x": X, "weight": GATE}, {"top_k": 3, "shared": 2, "sort": True}),

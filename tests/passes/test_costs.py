@@ -103,6 +103,57 @@ def test_attention_reads_the_context_in_decode() -> None:
     assert op_latency_us(op, DECODE) > moved / (CLUSTER.device.memory_bandwidth_gb_s * 1e3)
 
 
+@pytest.mark.parametrize(
+    ("situation", "states"), [(DECODE, 2 * 128), (PREFILL, 0)], ids=["decode", "prefill"]
+)
+def test_a_state_is_read_and_written_once_a_sequence(situation: Situation, states: int) -> None:
+    """By hand: Jamba's Mamba layer, 8192 x 16 numbers of state in float32; in decode a token is a sequence."""
+    attributes = {
+        "flops_per_token": 2.1e8,
+        "flops_per_context_token": 0.0,
+        "weight_bytes": 210_000_000,
+        "kv_bytes_per_token": 0,
+        "state_bytes": 8192 * 16 * 4,
+        "context": 0,
+    }
+    op = _op(Attention, attributes, x="tokens<T x 4096 x bfloat16>")
+    moved = 210_000_000 + states * 8192 * 16 * 4 + 4 * situation.tokens * 4096 * 2
+    by_hand = Compute(flops=situation.tokens * 2.1e8, bytes=moved, dtype="bfloat16", launches=6)
+    assert op_latency_us(op, situation) == pytest.approx(latency_us(by_hand, CLUSTER))
+
+
+def test_a_layer_without_a_mixer_is_one_launch() -> None:
+    attributes = {
+        "flops_per_token": 0.0,
+        "flops_per_context_token": 0.0,
+        "weight_bytes": 0,
+        "kv_bytes_per_token": 0,
+        "context": 4096,
+    }
+    op = _op(Attention, attributes, x="tokens<T x 2048 x bfloat16>")
+    norm = Compute(flops=0, bytes=2 * 4096 * 2048 * 2, dtype="bfloat16", launches=1)
+    assert op_latency_us(op, PREFILL) == pytest.approx(latency_us(norm, CLUSTER))
+
+
+def test_experts_without_a_gate_are_a_matrix_less() -> None:
+    """Two GEMMs of equal size instead of three: two thirds of the time where launches do not count."""
+    rows, routing = "tokens<8*T x 2048 x bfloat16>", "routing<T x 8 of 128>"
+    down = "weights<128 x 2048 x 768 x bfloat16>"
+    gated = _op(
+        Experts, {}, rows=rows, routing=routing, gate_up="weights<128 x 1536 x 2048 x bfloat16>", down=down
+    )
+    plain = _op(
+        Experts,
+        {"activation": "relu2"},
+        rows=rows,
+        routing=routing,
+        gate_up="weights<128 x 768 x 2048 x bfloat16>",
+        down=down,
+    )
+    ratio = op_latency_us(plain, PREFILL) / op_latency_us(gated, PREFILL)
+    assert 0.6 < ratio < 0.8
+
+
 def test_shared_experts_are_several_launches() -> None:
     weights = {"gate_up": "weights<1 x 128 x 64 x bfloat16>", "down": "weights<1 x 64 x 64 x bfloat16>"}
     op = _op(SharedExpert, {}, x="tokens<T x 64 x bfloat16>", **weights)

@@ -55,7 +55,13 @@ def _launched(function: Function, suffix: str) -> list[str]:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("preset", "devices", "decode"),
-    [("olmoe-1b-7b", 1, 16), ("olmoe-1b-7b", 1, 256), ("qwen3-30b-a3b", 8, 8), ("deepseek-v3", 8, 128)],
+    [
+        ("olmoe-1b-7b", 1, 16),
+        ("olmoe-1b-7b", 1, 256),
+        ("qwen1.5-moe-a2.7b", 1, 16),
+        ("qwen3-30b-a3b", 8, 8),
+        ("deepseek-v3", 8, 128),
+    ],
 )
 def test_launches_agree_with_the_launcher(preset: str, devices: int, decode: int, target: str) -> None:
     module = _lowered(preset, devices, decode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from moecc.codegen.config import LayerShape
@@ -35,6 +36,33 @@ def test_what_is_no_selection_is_infinitely_wrong() -> None:
     assert _error([1, 6, 6]) == math.inf
     assert _error([-1, 3, 6]) == math.inf
     assert _error([1, 3, 5]) == math.inf
+
+
+def test_sparsemixer_weighs_each_expert_against_those_near_it() -> None:
+    """By hand: within 0.4 of 2.0 are 1.9 and 1.7; when 2.0 is taken, 1.7 is within 0.38 of 1.9, and -3.0 of neither."""
+    router = Router(score="sparsemixer", jitter=0.1)
+    logits = torch.tensor([[1.7, 2.0, -3.0, 1.9]]).double()
+    selection = reference.select(router, logits, None)
+    assert torch.equal(selection.selecting, logits)
+    weights = reference.routing_weights(router, selection, torch.tensor([[1, 3]]))
+    first = 1 / (1 + math.exp(-0.1) + math.exp(-0.3))
+    second = 1 / (1 + math.exp(-0.2))
+    torch.testing.assert_close(weights, torch.tensor([[first, second]]).double())
+
+
+@pytest.mark.parametrize(
+    ("distance", "counted", "tolerated"),
+    [(0.4 + 1e-6, True, True), (0.4 - 1e-6, False, True), (0.41, True, False), (0.39, False, False)],
+)
+def test_a_logit_on_the_edge_of_near_may_fall_to_either_side(
+    distance: float, counted: bool, tolerated: bool
+) -> None:
+    """Near 2.0 is what lies within 0.4 of it; a kernel's logits are rounded, and may be counted otherwise."""
+    router, ids = Router(score="sparsemixer", jitter=0.1), torch.tensor([[0]])
+    selection = reference.select(router, torch.tensor([[2.0, 2.0 - distance]]).double(), None)
+    found = torch.tensor([[1 / (1 + math.exp(-distance)) if counted else 1.0]]).double()
+    weights = reference.nearest_weights(router, selection, ids, found)
+    assert torch.allclose(weights, found) == tolerated
 
 
 def test_every_assignment_reaches_one_rank() -> None:

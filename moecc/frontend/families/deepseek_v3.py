@@ -44,32 +44,36 @@ def read(document: JsonObject, name: str) -> ModelSpec:
     fields = Fields(document, KEYS)
     fields.require(*REQUIRED)
     for key, known in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
-        if fields.text(key, known) != known:
-            raise fields.error(
-                key, f"'{fields.text(key, known)}' is not DeepSeek-V3's", f"'{known}' is supported"
-            )
-    first = fields.integer("first_k_dense_replace", minimum=0)
-    every = fields.integer("moe_layer_freq", 1)
-    dense = [layer for layer in base.checked_layers(fields) if layer < first or layer % every]
-    mtp = fields.integer("num_nextn_predict_layers", 0, minimum=0)
-    shared = fields.integer("shared_experts.count", minimum=0)
+        base.require_text(fields, key, known)
     return base.build(
         fields,
         name=name,
         family="deepseek_v3",
-        dense_layers=dense,
+        dense_layers=dense_layers(fields),
         dense_intermediate_size=fields.integer("dense_intermediate_size"),
-        router=_router(fields),
+        router=router(fields),
         activation=base.glu_activation(fields),
-        attention=_attention(fields),
-        shared_experts=SharedExperts(
-            count=shared, intermediate_size=fields.integer("intermediate_size") if shared else 0
-        ),
-        notes=[f"{mtp} multi-token prediction layer(s) are left out"] if mtp else [],
+        attention=attention(fields),
+        shared_experts=shared_experts(fields),
+        notes=base.prediction_notes(fields, "num_nextn_predict_layers"),
     )
 
 
-def _router(fields: Fields) -> Router:
+def dense_layers(fields: Fields) -> list[int]:
+    """The first `first_k_dense_replace`, and those that `moe_layer_freq` leaves out."""
+    first = fields.integer("first_k_dense_replace", minimum=0)
+    every = fields.integer("moe_layer_freq", 1)
+    return [layer for layer in base.checked_layers(fields) if layer < first or layer % every]
+
+
+def shared_experts(fields: Fields) -> SharedExperts:
+    """One MLP that is `n_shared_experts` times as wide as an expert, which is so many experts."""
+    count = fields.integer("shared_experts.count", minimum=0)
+    return SharedExperts(count=count, intermediate_size=fields.integer("intermediate_size") if count else 0)
+
+
+def router(fields: Fields) -> Router:
+    """Sigmoid scores, the best groups by their two best, a bias that only selects, weights with sum 1 if asked."""
     normalize = fields.boolean("router.normalize", True)
     return Router(
         score="sigmoid",
@@ -83,7 +87,8 @@ def _router(fields: Fields) -> Router:
     )
 
 
-def _attention(fields: Fields) -> Attention:
+def attention(fields: Fields) -> Attention:
+    """Multi-head latent attention."""
     heads = fields.integer("attention.heads")
     rope = fields.integer("attention.qk_rope_head_dim")
     nope = fields.integer("attention.qk_nope_head_dim")

@@ -21,11 +21,7 @@ def read(document: JsonObject, name: str) -> ModelSpec:
     fields = Fields(document, KEYS)
     fields.require(*REQUIRED)
     layers = base.checked_layers(fields)
-    step = fields.integer("decoder_sparse_step", 1)
-    only = fields.listed("mlp_only_layers", int, ())
-    dense = [layer for layer in layers if layer in only or (layer + 1) % step]
-    if dense:
-        fields.require("dense_intermediate_size")
+    dense = dense_layers(fields)
     windowed = fields.boolean("use_sliding_window", False)
     return base.build(
         fields,
@@ -41,3 +37,13 @@ def read(document: JsonObject, name: str) -> ModelSpec:
             window_layers=layers,
         ),
     )
+
+
+def dense_layers(fields: Fields) -> list[int]:
+    """Those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th; their width is required."""
+    step = fields.integer("decoder_sparse_step", 1)
+    only = fields.listed("mlp_only_layers", int, ())
+    dense = [layer for layer in base.checked_layers(fields) if layer in only or (layer + 1) % step]
+    if dense:
+        fields.require("dense_intermediate_size")
+    return dense

@@ -35,7 +35,7 @@ Config = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What the layer computes. `router` and `activation` are switches of the kernels of that name."""
+    """What the layer computes. `router`, `activation` and `layout` (of experts' weights) are switches of kernels."""
 
     hidden: int
     intermediate: int
@@ -46,6 +46,12 @@ class Layer:
     has_expert_bias: bool
     router: Mapping[str, Any]
     activation: Mapping[str, Any]
+    layout: Mapping[str, bool]
+
+    @property
+    def columns(self) -> int:
+        """Outputs of the first expert GEMM: gate and up, or up alone."""
+        return 2 * self.intermediate if self.activation["GATED"] else self.intermediate
 
     @property
     def slots(self) -> int:
@@ -124,10 +130,12 @@ def kernel_constants(
     has_logits: bool = False,
     has_residual: bool = False,
     sort: bool = True,
+    keep_h: bool = True,
+    keep_pre: bool = False,
 ) -> dict[str, Constants]:
     """Every kernel's constexpr arguments and launch options for a call with `slots` assignments a token.
 
-    backend: cuda, hip, x86 or interpret. sort: the router plans the tiles too.
+    backend: cuda, hip, x86 or interpret. sort: the router plans the tiles too. keep_h, keep_pre: what gate_up stores.
     """
     common = {"HIDDEN": layer.hidden, "BACKEND": backend}
     sizes = {"NUM_EXPERTS": experts, "TOP_K": slots}
@@ -142,13 +150,15 @@ def kernel_constants(
     }
     fused = tokens <= config["combine"]["FUSED_TOKENS"]
     combining = {"FUSE_COMBINE": fused, "COMBINE_T": FUSED_BLOCK_T, "HAS_RESIDUAL": has_residual}
+    keeping = {"KEEP_H": keep_h, "KEEP_PRE": keep_pre}
+    down_layout = {"TRANSPOSED": layer.layout["TRANSPOSED"]}
     combine = {name: value for name, value in config["combine"].items() if name != "FUSED_TOKENS"}
     return {
         "router": {**common, **router, **planning},
         "plan": {**sizes, **planning, "BACKEND": backend, "num_warps": config["router"]["num_warps"]},
         "scatter": {**sizes, **sorting},
-        "gate_up": {**gemm, **layer.activation, **config["gate_up"]},
-        "down": {**gemm, **sizes, **combining, **config["down"]},
+        "gate_up": {**gemm, **layer.activation, **layer.layout, **keeping, **config["gate_up"]},
+        "down": {**gemm, **sizes, **combining, **down_layout, "WEIGHTED": True, **config["down"]},
         "combine": {**common, **sizes, "HAS_RESIDUAL": has_residual, **combine},
     }
 
@@ -176,6 +186,15 @@ def narrow(values, dtype: tl.constexpr, BACKEND: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return bits.to(tl.float32, bitcast=True).to(dtype)
     return values.to(dtype)
+
+
+@triton.jit
+def load_inside(ptrs, inside, WHOLE: tl.constexpr):
+    """What ptrs hold, zero where it is not inside; a WHOLE block needs no mask."""
+    if WHOLE:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, inside, other=0.0)
 
 
 @triton.jit
@@ -516,6 +535,14 @@ def drop_weak_groups(
 
 
 @triton.jit
+def mixer_weight(keys, JITTER: tl.constexpr):
+    """The largest key's softmax among the keys near it, [BLOCK_T]: `Router` says what is near."""
+    best = tl.max(keys, axis=1)[:, None]
+    near = best - keys <= 2.0 * JITTER * tl.maximum(tl.abs(keys), best)
+    return 1.0 / tl.sum(tl.where(near, tl.exp(keys - best), 0.0), axis=1)
+
+
+@triton.jit
 def take_top_k(
     keys,
     values,
@@ -523,10 +550,13 @@ def take_top_k(
     COLUMNS: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOT_BLOCK: tl.constexpr,
+    SCORE: tl.constexpr,
+    JITTER: tl.constexpr,
 ):
     """TOP_K rounds of argmax: columns and values of the selected, [BLOCK_T, SLOT_BLOCK] each.
 
     Every key is above -inf or not selectable, and at least TOP_K are selectable: the columns are distinct.
+    Sparsemixer weights each by the keys that its round still has.
     """
     column = tl.arange(0, COLUMNS)[None, :]
     j = tl.arange(0, SLOT_BLOCK)[None, :]
@@ -536,7 +566,9 @@ def take_top_k(
         best = tl.argmax(keys, axis=1, tie_break_left=True)[:, None]
         is_best = column == best
         columns = tl.where(j == k, best, columns)
-        selected = tl.where(j == k, tl.sum(tl.where(is_best, values, 0.0), axis=1)[:, None], selected)
+        taken = tl.sum(tl.where(is_best, values, 0.0), axis=1)
+        weight = mixer_weight(keys, JITTER) if SCORE == "sparsemixer" else taken
+        selected = tl.where(j == k, weight[:, None], selected)
         keys = tl.where(is_best, float("-inf"), keys)
     return columns, selected
 
@@ -603,6 +635,7 @@ def route_tokens(
     NORM_EPS: tl.constexpr,
     NORM_MIN: tl.constexpr,
     SCALE: tl.constexpr,
+    JITTER: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """logits [BLOCK_T, COLUMNS] -> columns and weights of the selected, [BLOCK_T, SLOT_BLOCK] each."""
@@ -611,7 +644,7 @@ def route_tokens(
     is_expert = (column % GROUP_PAD < GROUP_SIZE) & (column // GROUP_PAD < GROUPS)
     logits = tl.where(is_expert[None, :], logits, float("-inf"))
     scores = logits
-    if not SELECT_FIRST:
+    if not SELECT_FIRST and SCORE != "sparsemixer":
         scores = score_logits(logits, SCORE)
     keys = scores
     if SELECTION_BIAS and not SELECT_FIRST:
@@ -624,7 +657,7 @@ def route_tokens(
     keys = tl.where(is_expert[None, :], keys, float("-inf"))
     if GROUPS > 1 and not SELECT_FIRST:
         keys = drop_weak_groups(keys, BLOCK_T, GROUPS, GROUP_BLOCK, GROUP_PAD, TOP_GROUPS, GROUP_SCORE)
-    columns, weights = take_top_k(keys, scores, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK)
+    columns, weights = take_top_k(keys, scores, BLOCK_T, COLUMNS, TOP_K, SLOT_BLOCK, SCORE, JITTER)
 
     is_slot = (tl.arange(0, SLOT_BLOCK) < TOP_K)[None, :]
     if SELECT_FIRST:
@@ -667,6 +700,7 @@ def router_kernel(
     NORM_EPS: tl.constexpr,
     NORM_MIN: tl.constexpr,
     SCALE: tl.constexpr,
+    JITTER: tl.constexpr,
     HAS_ROUTER_BIAS: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -736,6 +770,7 @@ def router_kernel(
         NORM_EPS,
         NORM_MIN,
         SCALE,
+        JITTER,
         BACKEND,
     )
     # Slots past TOP_K are the shared experts: every token, weight 1.
@@ -780,27 +815,62 @@ def router_kernel(
 
 
 @triton.jit
-def activate(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """The gated activations of `Activation`, in fp32."""
-    if ACTIVATION == "silu_glu":
-        return gate * tl.sigmoid(gate) * up
-    elif ACTIVATION == "gelu_glu":
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    else:
-        tl.static_assert(ACTIVATION == "clamped_swiglu")
-        # A GPU's plain minimum would turn a NaN into the limit.
+def clamp_gate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
+    """Gate and up as the activation sees them. A GPU's plain minimum would turn a NaN into the limit."""
+    if ACTIVATION == "clamped_swiglu":
         gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        return (up + 1.0) * gate * tl.sigmoid(ALPHA * gate)
+        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1.0
+    return gate, up
+
+
+@triton.jit
+def squash(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """(function(gate), its derivative); whichever is not used costs nothing once compiled."""
+    if ACTIVATION == "gelu":
+        share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+        density = tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+        return gate * share, share + gate * density
+    elif ACTIVATION == "relu" or ACTIVATION == "relu2":
+        positive = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if ACTIVATION == "relu2":
+            return positive * positive, 2.0 * positive
+        else:
+            return positive, tl.where(gate > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(z)) is sigmoid(2 z), with 2 z = 2 sqrt(2 / pi) * (gate + 0.044715 gate^3).
+        share = tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
+        steepness = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
+        return gate * share, share + gate * share * (1.0 - share) * steepness
+    else:
+        tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "clamped_swiglu")
+        if ACTIVATION == "silu":
+            share = tl.sigmoid(gate)
+            return gate * share, share * (1.0 + gate * (1.0 - share))
+        else:
+            share = tl.sigmoid(ALPHA * gate)
+            return gate * share, share * (1.0 + ALPHA * gate * (1.0 - share))
+
+
+@triton.jit
+def activate(
+    gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr
+):
+    """h of the two halves of the first GEMM; without a gate `gate` is all there is."""
+    gate, up = clamp_gate(gate, up, ACTIVATION, LIMIT)
+    h, _ = squash(gate, ACTIVATION, ALPHA)
+    if GATED:
+        h *= up
+    return h
 
 
 @triton.jit
 def gate_up_kernel(
     x_ptr,  # [tokens, HIDDEN]
-    gate_up_ptr,  # [experts, 2 * INTERMEDIATE, HIDDEN], gate rows first
-    gate_up_bias_ptr,  # [experts, 2 * INTERMEDIATE]
-    h_ptr,  # [rows, INTERMEDIATE] out, rows in sorted order
+    gate_up_ptr,  # [experts, COLUMNS, HIDDEN], or [experts, HIDDEN, COLUMNS] where TRANSPOSED
+    gate_up_bias_ptr,  # [experts, COLUMNS]
+    h_ptr,  # [rows, INTERMEDIATE] out with KEEP_H, rows in sorted order
+    pre_ptr,  # [rows, COLUMNS] out with KEEP_PRE: what the activation is applied to, in the order of the weights
     sorted_slots_ptr,
     expert_offsets_ptr,
     tile_expert_ptr,
@@ -810,16 +880,29 @@ def gate_up_kernel(
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HAS_EXPERT_BIAS: tl.constexpr,
+    KEEP_H: tl.constexpr,
+    KEEP_PRE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once."""
+    """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once.
+
+    GATED: COLUMNS is 2 * INTERMEDIATE, gate first, or gate and up in turn where INTERLEAVED; else INTERMEDIATE.
+    """
+    COLUMNS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1
+    UP: tl.constexpr = 1 if INTERLEAVED else INTERMEDIATE
+    COLUMN_STRIDE: tl.constexpr = 1 if TRANSPOSED else HIDDEN
+    K_STRIDE: tl.constexpr = COLUMNS if TRANSPOSED else 1
     COLUMN_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
     num_tiles = tl.load(num_tiles_ptr)
     if tl.program_id(0) >= num_tiles * COLUMN_BLOCKS:
@@ -834,33 +917,39 @@ def gate_up_kernel(
     # Rows and columns outside read what is inside: the loop then needs no mask for them, only the store does.
     token = tl.load(sorted_slots_ptr + row, is_row, other=0) // TOP_K
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
-    weights_ptr = gate_up_ptr + expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN)
-    gate_ptrs = weights_ptr + (n % INTERMEDIATE)[None, :] * HIDDEN + k[:, None]
-    up_ptrs = gate_ptrs + INTERMEDIATE * HIDDEN
+    weights_ptr = gate_up_ptr + expert.to(tl.int64) * (COLUMNS * HIDDEN)
+    gate_ptrs = weights_ptr + (n % INTERMEDIATE)[None, :] * (STEP * COLUMN_STRIDE) + k[:, None] * K_STRIDE
+    up_ptrs = gate_ptrs + UP * COLUMN_STRIDE
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, HIDDEN, BLOCK_K):
-        if HIDDEN % BLOCK_K == 0:
-            x, gate_weights, up_weights = tl.load(x_ptrs), tl.load(gate_ptrs), tl.load(up_ptrs)
-        else:
-            inside = k < HIDDEN - start
-            x = tl.load(x_ptrs, inside[None, :], other=0.0)
-            gate_weights = tl.load(gate_ptrs, inside[:, None], other=0.0)
-            up_weights = tl.load(up_ptrs, inside[:, None], other=0.0)
+        inside = k < HIDDEN - start
+        x = load_inside(x_ptrs, inside[None, :], HIDDEN % BLOCK_K == 0)
+        gate_weights = load_inside(gate_ptrs, inside[:, None], HIDDEN % BLOCK_K == 0)
         gate = accumulate_dot(x, gate_weights, gate, BACKEND)
-        up = accumulate_dot(x, up_weights, up, BACKEND)
+        if GATED:
+            up_weights = load_inside(up_ptrs, inside[:, None], HIDDEN % BLOCK_K == 0)
+            up = accumulate_dot(x, up_weights, up, BACKEND)
         x_ptrs += BLOCK_K
-        gate_ptrs += BLOCK_K
-        up_ptrs += BLOCK_K
+        gate_ptrs += BLOCK_K * K_STRIDE
+        up_ptrs += BLOCK_K * K_STRIDE
 
     is_column = n < INTERMEDIATE
+    is_element = is_row[:, None] & is_column[None, :]
     if HAS_EXPERT_BIAS:
-        bias_ptrs = gate_up_bias_ptr + expert * (2 * INTERMEDIATE) + n
+        bias_ptrs = gate_up_bias_ptr + expert * COLUMNS + n * STEP
         gate += widen(tl.load(bias_ptrs, is_column, other=0.0), BACKEND)[None, :]
-        up += widen(tl.load(bias_ptrs + INTERMEDIATE, is_column, other=0.0), BACKEND)[None, :]
-    h = activate(gate, up, ACTIVATION, ALPHA, LIMIT)
-    h_ptrs = h_ptr + row.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
-    tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty, BACKEND), is_row[:, None] & is_column[None, :])
+        if GATED:
+            up += widen(tl.load(bias_ptrs + UP, is_column, other=0.0), BACKEND)[None, :]
+    if KEEP_PRE:
+        pre_ptrs = pre_ptr + row.to(tl.int64)[:, None] * COLUMNS + n[None, :] * STEP
+        tl.store(pre_ptrs, narrow(gate, pre_ptr.dtype.element_ty, BACKEND), is_element)
+        if GATED:
+            tl.store(pre_ptrs + UP, narrow(up, pre_ptr.dtype.element_ty, BACKEND), is_element)
+    if KEEP_H:
+        h = activate(gate, up, ACTIVATION, GATED, ALPHA, LIMIT)
+        h_ptrs = h_ptr + row.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
+        tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty, BACKEND), is_element)
 
 
 @triton.jit
@@ -940,10 +1029,10 @@ def combine_if_last(
 @triton.jit(do_not_specialize=["num_tokens"])
 def down_kernel(
     h_ptr,  # [rows, INTERMEDIATE]
-    down_ptr,  # [experts, HIDDEN, INTERMEDIATE]
+    down_ptr,  # [experts, HIDDEN, INTERMEDIATE], or [experts, INTERMEDIATE, HIDDEN] where TRANSPOSED
     down_bias_ptr,  # [experts, HIDDEN]
     topk_ids_ptr,  # [tokens, TOP_K]
-    topk_weights_ptr,  # [tokens, TOP_K]
+    topk_weights_ptr,  # [tokens, TOP_K], with WEIGHTED
     partial_ptr,  # [tokens * TOP_K, HIDDEN] out, by slot
     residual_ptr,  # [tokens, HIDDEN], with FUSE_COMBINE
     out_ptr,  # [tokens, HIDDEN] out, with FUSE_COMBINE
@@ -958,7 +1047,9 @@ def down_kernel(
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     HAS_EXPERT_BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     FUSE_COMBINE: tl.constexpr,
     COMBINE_T: tl.constexpr,
@@ -969,6 +1060,8 @@ def down_kernel(
     BACKEND: tl.constexpr,
 ):
     """Grid: tiles_max * column blocks; programs past the real number of tiles leave at once."""
+    COLUMN_STRIDE: tl.constexpr = 1 if TRANSPOSED else INTERMEDIATE
+    K_STRIDE: tl.constexpr = HIDDEN if TRANSPOSED else 1
     COLUMN_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     num_tiles = tl.load(num_tiles_ptr)
     if tl.program_id(0) >= num_tiles * COLUMN_BLOCKS:
@@ -982,25 +1075,23 @@ def down_kernel(
 
     h_ptrs = h_ptr + tl.where(is_row, row, 0).to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
     weights_ptr = down_ptr + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE)
-    down_ptrs = weights_ptr + (n % HIDDEN)[None, :] * INTERMEDIATE + k[:, None]
+    down_ptrs = weights_ptr + (n % HIDDEN)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, INTERMEDIATE, BLOCK_K):
-        if INTERMEDIATE % BLOCK_K == 0:
-            h, weights = tl.load(h_ptrs), tl.load(down_ptrs)
-        else:
-            inside = k < INTERMEDIATE - start
-            h = tl.load(h_ptrs, inside[None, :], other=0.0)
-            weights = tl.load(down_ptrs, inside[:, None], other=0.0)
+        inside = k < INTERMEDIATE - start
+        h = load_inside(h_ptrs, inside[None, :], INTERMEDIATE % BLOCK_K == 0)
+        weights = load_inside(down_ptrs, inside[:, None], INTERMEDIATE % BLOCK_K == 0)
         total = accumulate_dot(h, weights, total, BACKEND)
         h_ptrs += BLOCK_K
-        down_ptrs += BLOCK_K
+        down_ptrs += BLOCK_K * K_STRIDE
 
     is_column = n < HIDDEN
     if HAS_EXPERT_BIAS:
         bias = tl.load(down_bias_ptr + expert * HIDDEN + n, is_column, other=0.0)
         total += widen(bias, BACKEND)[None, :]
     slot = tl.load(sorted_slots_ptr + row, is_row, other=0)
-    total *= tl.load(topk_weights_ptr + slot, is_row, other=0.0)[:, None]
+    if WEIGHTED:
+        total *= tl.load(topk_weights_ptr + slot, is_row, other=0.0)[:, None]
     partial_ptrs = partial_ptr + slot.to(tl.int64)[:, None] * HIDDEN + n[None, :]
     tl.store(
         partial_ptrs,
@@ -1089,9 +1180,10 @@ class Launcher:
     """One layer with its kernel configs: target -> kernel -> block sizes and launch options.
 
     `weights` maps, contiguous and in the layer's dtype: `gate` [experts, hidden]; `gate_up` [experts + shared,
-    2 * intermediate, hidden], gate rows first; `down` [experts + shared, hidden, intermediate]; and, of any float
-    type, where the layer has them: `router_bias` and `correction_bias` [experts], `gate_up_bias` [experts + shared,
-    2 * intermediate], `down_bias` [experts + shared, hidden].
+    columns, hidden], gate and up or up alone; `down` [experts + shared, hidden, intermediate]; and, of any float type,
+    where the layer has them: `router_bias` and `correction_bias` [experts], `gate_up_bias` [experts + shared,
+    columns], `down_bias` [experts + shared, hidden]. In a transposed layout the last two dimensions of `gate_up` and
+    `down` change places; in an interleaved one gate and up take turns.
     Every method raises ValueError for a tensor that does not fit, RuntimeError for a device without configs.
     """
 
@@ -1215,33 +1307,54 @@ class Launcher:
     def _compute(
         self, rows: torch.Tensor, plan: Plan, weights: Weights, residual: torch.Tensor | None
     ) -> torch.Tensor:
-        layer, (tokens, slots), dtype = self.layer, plan.topk_ids.shape, rows.dtype
-        experts, hidden, inner = len(plan.expert_offsets) - 1, layer.hidden, layer.intermediate
-        gate_up = _tensor(weights, "gate_up", (experts, 2 * inner, hidden), dtype)
-        down = _tensor(weights, "down", (experts, hidden, inner), dtype)
-        gate_up_bias, down_bias = rows, rows
-        if layer.has_expert_bias:
-            gate_up_bias = _tensor(weights, "gate_up_bias", (experts, 2 * inner))
-            down_bias = _tensor(weights, "down_bias", (experts, hidden))
+        h, _ = self._gate_up(rows, plan, weights)
+        return self._down(h, plan, weights, residual)
+
+    def _gate_up(
+        self, rows: torch.Tensor, plan: Plan, weights: Weights, *, keep_h: bool = True, keep_pre: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(h [rows, intermediate], pre [rows, columns]) in sorted order; what is not kept is an unrelated tensor."""
+        layer, (tokens, slots) = self.layer, plan.topk_ids.shape
+        experts = len(plan.expert_offsets) - 1
+        gate_up, bias = self._expert_weights("gate_up", weights, experts, (layer.columns, layer.hidden))
+        held = tokens * min(slots, experts)
+        h = rows.new_empty((held, layer.intermediate)) if keep_h else rows
+        pre = rows.new_empty((held, layer.columns)) if keep_pre else rows
+        constants = self._constants(plan, experts, keep_h=keep_h, keep_pre=keep_pre)["gate_up"]
+        grid = (len(plan.tile_expert) * triton.cdiv(layer.intermediate, constants["BLOCK_N"]),)
+        gate_up_kernel[grid](rows, gate_up, bias, h, pre, *plan.tile_map, **constants)
+        return h, pre
+
+    def _down(
+        self, h: torch.Tensor, plan: Plan, weights: Weights, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[tokens, hidden]: h [rows, intermediate] through the second GEMM, weighted and summed."""
+        layer, (tokens, slots) = self.layer, plan.topk_ids.shape
+        experts, hidden = len(plan.expert_offsets) - 1, layer.hidden
+        down, bias = self._expert_weights("down", weights, experts, (hidden, layer.intermediate))
         if residual is not None:
             residual = residual.reshape(-1, hidden).contiguous()
             _expect("residual", residual, (tokens, hidden))
         constants = self._constants(plan, experts, has_residual=residual is not None)
-        h = rows.new_empty((tokens * min(slots, experts), inner))
-        partial = rows.new_empty((tokens * slots, hidden))
-        out = torch.empty_like(rows)
-        tiles, tail = len(plan.tile_expert), (rows if residual is None else residual, out)
-
-        grid = (tiles * triton.cdiv(inner, constants["gate_up"]["BLOCK_N"]),)
-        gate_up_kernel[grid](rows, gate_up, gate_up_bias, h, *plan.tile_map, **constants["gate_up"])
-        grid = (tiles * triton.cdiv(hidden, constants["down"]["BLOCK_N"]),)
+        partial = h.new_empty((tokens * slots, hidden))
+        out = h.new_empty((tokens, hidden))
+        tail = (out if residual is None else residual, out)
+        grid = (len(plan.tile_expert) * triton.cdiv(hidden, constants["down"]["BLOCK_N"]),)
         routing = (plan.topk_ids, plan.topk_weights, partial, *tail, *plan.tile_map, plan.counters, tokens)
-        down_kernel[grid](h, down, down_bias, *routing, **constants["down"])
+        down_kernel[grid](h, down, bias, *routing, **constants["down"])
         if not constants["down"]["FUSE_COMBINE"]:
-            blocks = constants["combine"]["BLOCK_T"], constants["combine"]["BLOCK_H"]
-            combine_grid = (triton.cdiv(tokens, blocks[0]), triton.cdiv(hidden, blocks[1]))
-            combine_kernel[combine_grid](partial, plan.topk_ids, *tail, tokens, **constants["combine"])
+            _combine(partial, plan.topk_ids, *tail, constants["combine"])
         return out
+
+    def _expert_weights(
+        self, name: str, weights: Weights, experts: int, shape: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor of that name and its bias; `shape` is (outputs, inputs). Without a bias, the tensor twice."""
+        stored = shape[::-1] if self.layer.layout["TRANSPOSED"] else shape
+        tensor = _tensor(weights, name, (experts, *stored), getattr(torch, self.layer.dtype))
+        if not self.layer.has_expert_bias:
+            return tensor, tensor
+        return tensor, _tensor(weights, f"{name}_bias", (experts, shape[0]))
 
     def _plan(self, ids: torch.Tensor, topk_weights: torch.Tensor, *, experts: int, shared: int = 0) -> Plan:
         tokens, slots = ids.shape
@@ -1303,6 +1416,18 @@ class Launcher:
         return x.reshape(-1, self.layer.hidden).contiguous()
 
 
+def _combine(
+    partial: torch.Tensor,
+    topk_ids: torch.Tensor,
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    constants: Constants,
+) -> None:
+    """out [tokens, hidden] = the sum of each token's slots of `partial`, and of `residual` if the constants say so."""
+    grid = (triton.cdiv(len(out), constants["BLOCK_T"]), triton.cdiv(out.shape[1], constants["BLOCK_H"]))
+    combine_kernel[grid](partial, topk_ids, residual, out, len(out), **constants)
+
+
 def _runs_on_x86() -> bool:
     """Whether Triton's driver is moecc's backend for CPU tensors."""
     return bool(triton.runtime.driver.active.get_current_target().backend == "x86")
@@ -1353,9 +1478,11 @@ LAYER = Layer(
         "NORM_EPS": 0.0,
         "NORM_MIN": 0.0,
         "SCALE": 1.0,
+        "JITTER": 0.0,
         "HAS_ROUTER_BIAS": True,
     },
-    activation={"ACTIVATION": "clamped_swiglu", "ALPHA": 1.702, "LIMIT": 7.0},
+    activation={"ACTIVATION": "clamped_swiglu", "GATED": True, "ALPHA": 1.702, "LIMIT": 7.0},
+    layout={"TRANSPOSED": False, "INTERLEAVED": False},
 )
 CONFIGS: Mapping[str, Config] = {
     "sm_90": {
