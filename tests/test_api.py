@@ -113,7 +113,10 @@ def test_without_traces_the_report_says_what_is_assumed(tmp_path: Path) -> None:
     [
         ({"cluster": {**CLUSTER, "device": "h100"}}, "cluster.device: "),
         ({"cluster": {"device": "x86"}}, "cluster: 'devices_per_node' is missing in cluster; hint: "),
-        ({"cluster": {**CLUSTER, "nodes": 0}}, "cluster.nodes: nodes 0 is out of range; hint: nodes must be at least 1"),
+        (
+            {"cluster": {**CLUSTER, "nodes": 0}},
+            "cluster.nodes: nodes 0 is out of range; hint: nodes must be at least 1",
+        ),
         ({"cluster": {**CLUSTER, "node": 1}}, "cluster.node: unknown key 'node' in cluster"),
         ({"cluster": "8x h100-sxm"}, "cluster: cluster must be a mapping, not the string '8x h100-sxm'"),
         (

@@ -186,7 +186,7 @@ def on_device(weights: Weights, device: str) -> Weights:
 def _require_memory(artifact: Artifact, shapes: Sequence[LayerShape], distributed: bool, device: str) -> None:
     """Weights once, and once more as the copies of the ranks."""
     copies = 2 if distributed else 1
-    needed, free = copies * sum(map(_weight_bytes, shapes)), free_bytes(device)
+    needed, free = copies * sum(map(weight_bytes, shapes)), free_bytes(device)
     if needed > 0.9 * free:
         raise MoeccError(
             f"the layer's weights need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
@@ -195,7 +195,8 @@ def _require_memory(artifact: Artifact, shapes: Sequence[LayerShape], distribute
         )
 
 
-def _weight_bytes(shape: LayerShape) -> int:
+def weight_bytes(shape: LayerShape) -> int:
+    """Of all experts, the shared ones too."""
     experts = shape.experts + shape.shared
     columns = shape.gate_up_columns + shape.intermediate
     return experts * columns * shape.hidden * DTYPE_BYTES[shape.dtype]
