@@ -142,7 +142,7 @@ def _row(
     work = work_of(kernels.shape)
     predicted = {device.name: _predicted_us(kernels.shape, work, device) for device in devices}
     row = Row(kernels=kernels.name, tokens=kernels.shape.expert_tokens, work=work, predicted_us=predicted)
-    needed, free = weight_bytes(kernels.shape), free_bytes(reader.device)
+    needed, free = weight_bytes(kernels.shape, kernels.shape.held_experts), free_bytes(reader.device)
     if needed > MEMORY_SHARE * free:
         return replace(row, why=f"the weights need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     call = _call(artifact, kernels, reader.device, backend)
@@ -150,8 +150,14 @@ def _row(
     times = [time_us for time_us, _ in rounds]
     lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
     share = statistics.median(work.bytes / time_us / 1e3 / read_gb_s for time_us, read_gb_s in rounds)
-    measured = {"measured_us": median, "lower_us": lower, "upper_us": upper, "bandwidth_share": share}
-    return replace(row, **measured, rounds=len(rounds))
+    return replace(
+        row,
+        measured_us=median,
+        lower_us=lower,
+        upper_us=upper,
+        bandwidth_share=share,
+        rounds=len(rounds),
+    )
 
 
 def work_of(shape: LayerShape) -> Work:
@@ -186,8 +192,7 @@ def _call(artifact: Artifact, kernels: KernelSet, device: str, backend: str) -> 
 
     generator = torch.Generator().manual_seed(0)
     shape, loaded = kernels.shape, load_kernels(artifact, kernels, backend)
-    held = shape if shape.slots is None else replace(shape, experts=shape.slots, slots=None)
-    weights = on_device(random_weights(held, generator), device)
+    weights = on_device(random_weights(shape, generator, shape.held_experts), device)
     x = torch.randn(shape.expert_tokens, shape.hidden, generator=generator)
     x = x.to(getattr(torch, shape.dtype)).to(device)
     if kernels.entry == "forward":

@@ -164,8 +164,9 @@ def _weights(
     if checkpoint is not None:
         family = str(module.attributes["family"])
         return read_layer(open_checkpoint(checkpoint), family, index, routed, apart)
-    weights = random_weights(routed.shape, generator)
-    return LayerWeights(weights, None if apart is None else random_weights(apart.shape, generator), ())
+    weights = random_weights(routed.shape, generator, _all_experts(routed.shape))
+    shared = None if apart is None else random_weights(apart.shape, generator, apart.shape.experts)
+    return LayerWeights(weights, shared, ())
 
 
 def _origin(checkpoint: Path, stored: Sequence[str], dtype: str) -> str:
@@ -183,10 +184,18 @@ def on_device(weights: Weights, device: str) -> Weights:
     return {name: tensor.to(device) for name, tensor in weights.items()}
 
 
+def _all_experts(shape: LayerShape) -> int:
+    """Of all devices, and the shared ones that are fused into them."""
+    return shape.experts + shape.shared
+
+
 def _require_memory(artifact: Artifact, shapes: Sequence[LayerShape], distributed: bool, device: str) -> None:
     """Weights once, and once more as the copies of the ranks."""
     copies = 2 if distributed else 1
-    needed, free = copies * sum(map(weight_bytes, shapes)), free_bytes(device)
+    needed, free = (
+        copies * sum(weight_bytes(shape, _all_experts(shape)) for shape in shapes),
+        free_bytes(device),
+    )
     if needed > 0.9 * free:
         raise MoeccError(
             f"the layer's weights need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
@@ -195,15 +204,14 @@ def _require_memory(artifact: Artifact, shapes: Sequence[LayerShape], distribute
         )
 
 
-def weight_bytes(shape: LayerShape) -> int:
-    """Of all experts, the shared ones too."""
-    experts = shape.experts + shape.shared
+def weight_bytes(shape: LayerShape, experts: int) -> int:
+    """Of so many experts of the layer."""
     columns = shape.gate_up_columns + shape.intermediate
     return experts * columns * shape.hidden * DTYPE_BYTES[shape.dtype]
 
 
-def random_weights(shape: LayerShape, generator: Any) -> Weights:
-    """Weights of all experts, normal with variance 1 / inputs; biases normal with deviation 0.1."""
+def random_weights(shape: LayerShape, generator: Any, experts: int) -> Weights:
+    """Weights of so many experts and of the router, normal with variance 1 / inputs; biases normal with deviation 0.1."""
     import torch
 
     dtype = getattr(torch, shape.dtype)
@@ -214,7 +222,7 @@ def random_weights(shape: LayerShape, generator: Any) -> Weights:
             part.copy_(torch.randn(part.shape, generator=generator) * scale)
         return values
 
-    experts, hidden, inner = shape.experts + shape.shared, shape.hidden, shape.intermediate
+    hidden, inner = shape.hidden, shape.intermediate
     columns = shape.gate_up_columns
     weights = {
         "gate": normal(shape.experts, hidden, scale=hidden**-0.5),

@@ -105,6 +105,11 @@ def test_what_does_not_fit_is_predicted_and_said(tmp_path: Path, monkeypatch: py
     assert row.predicted_us["h100-sxm"] > 0
 
 
+def test_a_device_may_hold_fewer_experts_than_a_token_takes(tmp_path: Path) -> None:
+    artifact = compiled(tmp_path, "h100-sxm", 8)
+    assert all(row.measured_us for row in bench.bench_artifact(artifact, seconds=0.01).rows)
+
+
 @pytest.mark.parametrize(("tokens", "received"), [(8, 14), (5, 5), (1, 1)])
 def test_a_device_gets_the_rows_of_its_own_tokens(tokens: int, received: int) -> None:
     import torch
