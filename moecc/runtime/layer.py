@@ -171,8 +171,9 @@ def _weights(
 
 def _origin(checkpoint: Path, stored: Sequence[str], dtype: str) -> str:
     """What is said of weights that were read, also that they were rounded."""
-    exact = dtype == "float32" or set(stored) <= {dtype}
-    return f"{checkpoint}, {' and '.join(stored)}" + ("" if exact else f" rounded to {dtype}")
+    exact = {dtype, *(("bfloat16", "float16") if dtype == "float32" else ())}
+    rounded = "" if exact.issuperset(stored) else f" rounded to {dtype}"
+    return f"{checkpoint}, {' and '.join(stored)}{rounded}"
 
 
 def _ranks(module: Module, index: int, weights: Weights) -> Ranks:
@@ -211,7 +212,7 @@ def weight_bytes(shape: LayerShape, experts: int) -> int:
 
 
 def random_weights(shape: LayerShape, generator: Any, experts: int) -> Weights:
-    """Weights of so many experts and of the router, normal with variance 1 / inputs; biases normal with deviation 0.1."""
+    """Weights of the router and of so many experts, normal with variance 1 / inputs; biases with deviation 0.1."""
     import torch
 
     dtype = getattr(torch, shape.dtype)
