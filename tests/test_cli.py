@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from moecc.artifact import load_artifact
 from moecc.frontend.hf_config import preset_names
@@ -149,6 +151,16 @@ def test_wrong_flags_of_an_artifact_are_named(compiled: Any, arguments: list[str
     result = moecc(arguments[0], compiled[0], *arguments[1:])
     assert_one_line_error(result, 2)
     assert result.stderr.startswith(f"error: {message}")
+
+
+def test_a_model_that_was_written_out_has_no_checkpoint(compiled: Any, tmp_path: Path) -> None:
+    save_file({"model.layers.0.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    result = moecc("run", compiled[0], "--weights", tmp_path)
+    assert_one_line_error(
+        result,
+        2,
+        "--weights: no names of weights are known for the family 'inline'; hint: compile the model from its config.json",
+    )
 
 
 def test_a_wrong_kernel_is_noticed(compiled: Any, tmp_path: Path) -> None:

@@ -67,7 +67,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """machine: the target that was measured. read_gb_s: median of the rounds, None where nothing was measured."""
+    """machine: the target that was measured. device: the one that was compiled for.
+
+    read_gb_s: median over all rounds, None where nothing was measured.
+    """
 
     machine: str
     device: str

@@ -97,7 +97,7 @@ def load_layer(
     module = compiled_module(artifact)
     sets = kernel_sets(module)
     index = _layer_index(module, sets, index)
-    function, routed = function_for(module, sets, tokens, index)
+    function, routed = _function_for(module, sets, tokens, index)
     apart = kernel_set(sets, function, "_shared")
     distributed = routed.entry == "distributed"
     _require_memory(artifact, [s.shape for s in (routed, apart) if s is not None], distributed, device)
@@ -143,7 +143,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def function_for(
+def _function_for(
     module: Module, sets: Sequence[KernelSet], tokens: int, layer: int
 ) -> tuple[Function, KernelSet]:
     """The layer's function of the smallest phase that holds `tokens`, else of the largest."""
@@ -193,10 +193,8 @@ def _all_experts(shape: LayerShape) -> int:
 def _require_memory(artifact: Artifact, shapes: Sequence[LayerShape], distributed: bool, device: str) -> None:
     """Weights once, and once more as the copies of the ranks."""
     copies = 2 if distributed else 1
-    needed, free = (
-        copies * sum(weight_bytes(shape, _all_experts(shape)) for shape in shapes),
-        free_bytes(device),
-    )
+    needed = copies * sum(weight_bytes(shape, _all_experts(shape)) for shape in shapes)
+    free = free_bytes(device)
     if needed > 0.9 * free:
         raise MoeccError(
             f"the layer's weights need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",

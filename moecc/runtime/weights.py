@@ -75,7 +75,7 @@ def _source(checkpoint: Checkpoint, family: str, layer: int) -> _Source:
         raise InputError(
             f"no names of weights are known for the family '{family}'",
             where="--weights",
-            hint=f"known families: {', '.join(NAMES)}",
+            hint=f"compile the model from its config.json; known families: {', '.join(NAMES)}",
         )
     prefixes = [prefix.format(layer) for prefix in PREFIXES]
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in checkpoint.files)), None)
