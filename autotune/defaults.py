@@ -42,14 +42,14 @@ def default_configs(shape: LayerShape, target: str) -> KernelConfigs:
         return _interpreter_configs(shape)
     if limits.backend == "x86":
         return _x86_configs(shape)
-    block_m = min(max(_power_of_two_from(shape.rows_per_expert), 16), 128)
+    block_m = min(max(power_of_two_from(shape.rows_per_expert), 16), 128)
     configs = KernelConfigs(
         router=_router_config(shape, limits),
         gate_up=gemm_config(
             shape, limits, block_m, (shape.intermediate, shape.hidden), dots=shape.gate_up_dots
         ),
         down=gemm_config(shape, limits, block_m, (shape.hidden, shape.intermediate)),
-        combine=CombineConfig(block_t=1, block_h=min(_power_of_two_from(shape.hidden), 1024)),
+        combine=CombineConfig(block_t=1, block_h=min(power_of_two_from(shape.hidden), 1024)),
     )
     return _fitted(configs, shape, limits)
 
@@ -69,7 +69,7 @@ def gemm_config(
         return GemmConfig(
             block_m=block_m,
             block_n=block_n,
-            block_k=_dividing_block(reduced, 2 * step),
+            block_k=dividing_block(reduced, 2 * step),
             group_m=1,
             num_warps=4,
             num_stages=4,
@@ -78,7 +78,7 @@ def gemm_config(
     return GemmConfig(
         block_m=block_m,
         block_n=(256 if wide and target.wgmma_rows else 128) // dots if matrix_units else 64 // dots,
-        block_k=_dividing_block(reduced, step),
+        block_k=dividing_block(reduced, step),
         num_warps=8 if wide else 4,
         num_stages=3,
     )
@@ -107,17 +107,17 @@ def _router_config(shape: LayerShape, target: Target) -> RouterConfig:
 
 def _interpreter_configs(shape: LayerShape) -> KernelConfigs:
     """Large tiles: the interpreter pays per operation, hardly per element."""
-    block_m = min(max(_power_of_two_from(shape.rows_per_expert), 16), 256)
+    block_m = min(max(power_of_two_from(shape.rows_per_expert), 16), 256)
 
     def gemm(columns: int, reduced: int) -> GemmConfig:
         return GemmConfig(
             block_m=block_m,
-            block_n=min(max(_power_of_two_from(columns), 16), 512),
-            block_k=min(max(_power_of_two_from(reduced), 16), 2048),
+            block_n=min(max(power_of_two_from(columns), 16), 512),
+            block_k=min(max(power_of_two_from(reduced), 16), 2048),
         )
 
     return KernelConfigs(
-        router=RouterConfig(block_t=64, block_h=min(max(_power_of_two_from(shape.hidden), 16), 2048)),
+        router=RouterConfig(block_t=64, block_h=min(max(power_of_two_from(shape.hidden), 16), 2048)),
         gate_up=gemm(shape.intermediate, shape.hidden),
         down=gemm(shape.hidden, shape.intermediate),
         combine=CombineConfig(fused_tokens=32, block_t=64, block_h=2048),
@@ -133,28 +133,28 @@ def _x86_configs(shape: LayerShape) -> KernelConfigs:
     expert follow each other and find its weights in the second cache. Launches are cheap: a combine of its own takes
     less than the last programs of a fused one, which the other threads wait for.
     """
-    block_m = min(max(_power_of_two_from(2 * shape.rows_per_expert), 8), 64)
+    block_m = min(max(power_of_two_from(2 * shape.rows_per_expert), 8), 64)
 
     def gemm(columns: int, reduced: int, largest: int) -> GemmConfig:
         rows = shape.tokens * shape.top_k
         tiles = min(rows, shape.slots or shape.experts) + rows // block_m
-        block_n = min(largest, max(_power_of_two_from(columns), 16))
+        block_n = min(largest, max(power_of_two_from(columns), 16))
         while block_n > 32 and tiles * -(-columns // block_n) < X86_BUSY_PROGRAMS:
             block_n //= 2
         return GemmConfig(
             block_m=block_m,
             block_n=block_n,
-            block_k=_dividing_block(reduced, 2048),
+            block_k=dividing_block(reduced, 2048),
             group_m=64,
             num_warps=1,
             num_stages=1,
         )
 
-    block_t = min(_power_of_two_from(shape.tokens), 16)
+    block_t = min(power_of_two_from(shape.tokens), 16)
     return KernelConfigs(
         router=RouterConfig(
             block_t=block_t,
-            block_h=_dividing_block(shape.hidden, 2048),
+            block_h=dividing_block(shape.hidden, 2048),
             split_h=1,
             num_warps=1,
             num_stages=1,
@@ -162,7 +162,7 @@ def _x86_configs(shape: LayerShape) -> KernelConfigs:
         gate_up=gemm(shape.intermediate, shape.hidden, 128),
         down=gemm(shape.hidden, shape.intermediate, 256),
         combine=CombineConfig(
-            fused_tokens=0, block_t=1, block_h=min(_power_of_two_from(shape.hidden), 4096), num_warps=1
+            fused_tokens=0, block_t=1, block_h=min(power_of_two_from(shape.hidden), 4096), num_warps=1
         ),
     )
 
@@ -173,8 +173,8 @@ def _fitted(configs: KernelConfigs, shape: LayerShape, target: Target) -> Kernel
         if problem.startswith("router") and configs.router.block_h > 16:
             configs = replace(configs, router=_smaller_router(configs.router))
             continue
-        gate_up = _smaller(configs.gate_up) if problem.startswith("gate_up") else configs.gate_up
-        down = _smaller(configs.down) if problem.startswith("down") else configs.down
+        gate_up = smaller_gemm(configs.gate_up) if problem.startswith("gate_up") else configs.gate_up
+        down = smaller_gemm(configs.down) if problem.startswith("down") else configs.down
         if gate_up is None or down is None or (gate_up, down) == (configs.gate_up, configs.down):
             raise MoeccError(f"no kernel config fits {target.name}: {problem}", where="default configs")
         configs = replace(configs, gate_up=gate_up, down=down)
@@ -187,7 +187,7 @@ def _smaller_router(config: RouterConfig) -> RouterConfig:
     return replace(config, block_h=config.block_h // 2)
 
 
-def _smaller(config: GemmConfig) -> GemmConfig | None:
+def smaller_gemm(config: GemmConfig) -> GemmConfig | None:
     if config.num_stages > 2:
         return replace(config, num_stages=config.num_stages - 1)
     if config.block_k > 32:
@@ -197,11 +197,11 @@ def _smaller(config: GemmConfig) -> GemmConfig | None:
     return None
 
 
-def _dividing_block(size: int, largest: int) -> int:
+def dividing_block(size: int, largest: int) -> int:
     """The largest power of two up to `largest` that divides size, but at least 32."""
     return max(min(size & -size, largest), 32)
 
 
-def _power_of_two_from(value: float) -> int:
+def power_of_two_from(value: float) -> int:
     """The smallest power of two that is not below value."""
     return 1 << max(int(-(-value // 1)) - 1, 0).bit_length()

@@ -12,6 +12,9 @@ from moecc.codegen.config import LayerShape
 from moecc.errors import InputError
 
 MAX_FIELDS = 64
+NOT_STATED = "not stated"
+"""What a file of another tuner, from which a record was imported, does not say; `_SIZES` are 0 then."""
+_SIZES = ("cores", "hidden", "top_k")
 _Identity = TypeVar("_Identity", "Environment", "Key")
 
 
@@ -132,7 +135,8 @@ def _check_fields(identity: Environment | Key) -> None:
     for item in fields(identity):
         value = getattr(identity, item.name)
         if item.type == "int":
-            right = type(value) is int and value > 0 and is_scalar(value)
+            least = 0 if item.name in _SIZES and _is_imported(identity) else 1
+            right = type(value) is int and value >= least and is_scalar(value)
         elif item.type == "str":
             right = isinstance(value, str) and value != "" and is_scalar(value)
         else:
@@ -141,6 +145,11 @@ def _check_fields(identity: Environment | Key) -> None:
             where = f"{type(identity).__name__.lower()} {item.name}"
             what = f"{str(value)[:40]!r} identifies nothing"
             raise InputError(what, where=where, hint=f"it needs a value of type {item.type}")
+
+
+def _is_imported(identity: Environment | Key) -> bool:
+    policy = identity.measurement if isinstance(identity, Environment) else identity.layout
+    return policy == NOT_STATED
 
 
 def _is_collection(value: Any) -> bool:

@@ -15,10 +15,11 @@ from moecc.errors import InputError
 Config = Mapping[str, Any]
 """Scalars by name, or one level of such objects by the kernel's name."""
 
-Outcome = Literal["timed", "stopped", "failed"]
+Outcome = Literal["timed", "claimed", "stopped", "failed"]
 MAX_MEASURED = 8192
-_DATE = "%Y-%m-%dT%H:%M:%S+00:00"
-_TRUST = {"failed": 0, "timed": 1, "stopped": 2}
+DATE_FORMAT = "%Y-%m-%dT%H:%M:%S+00:00"
+_WITHOUT_TIME = {"failed": "failed", "claimed": "is claimed"}
+_TRUST = {"failed": 0, "timed": 1, "stopped": 2, "claimed": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Measurement:
 
     timed: all repeats of the policy, and the result was right. stopped: behind in a race, fewer repeats.
     failed: crashed, hung or computed wrongly, for the `reason` given; without a time.
+    claimed: a file of another tuner calls it the best and gives no time.
     median_us, spread_us: of the repeats; the spread is the difference of the quartiles.
     Raises InputError for what cannot be stored or is no measurement.
     """
@@ -48,8 +50,9 @@ class Measurement:
             return "the config is not a small object of numbers and short texts"
         if not isinstance(self.reason, str) or not is_scalar(self.reason):
             return "the reason is not a short text"
-        if self.outcome == "failed":
-            return None if self.median_us is None and self.spread_us is None else "a failure has no time"
+        if self.outcome in ("failed", "claimed"):
+            timeless = self.median_us is None and self.spread_us is None
+            return None if timeless else f"what {_WITHOUT_TIME[self.outcome]} has no time"
         if not (_is_time(self.median_us) and _is_time(self.spread_us)):
             return "a time is not a finite number of at least 0 us"
         return None if self.median_us else "a time of 0 us was not measured"
@@ -62,7 +65,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """All measurements of one key in one environment, the fastest first.
+    """All measurements of one key in one environment, the fastest first, then what others claim.
 
     environment: its hash. baseline_us: the time of the default config. date: UTC, ISO 8601, of the last measurement.
     tools: versions by name. `signature` and `signer` are hexadecimal, empty where nobody signed.
@@ -84,7 +87,7 @@ class Record:
             raise InputError(problem, where=f"record {self.key.hash}")
 
     def _why_impossible(self) -> str | None:
-        if not self.measured or self.measured[0].outcome != "timed":
+        if not self.measured or self.measured[0].outcome not in ("timed", "claimed"):
             return "no config was timed"
         if len(self.measured) > MAX_MEASURED:
             return f"{len(self.measured)} configs are more than {MAX_MEASURED}"
@@ -109,14 +112,15 @@ class Record:
 
 def now() -> str:
     """The date of a record."""
-    return datetime.now(timezone.utc).strftime(_DATE)
+    return datetime.now(timezone.utc).strftime(DATE_FORMAT)
 
 
 def merge(one: Record, other: Record) -> Record:
     """Every config of both, unsigned. The order of merging does not matter, nor does merging twice.
 
-    Of two findings on one config a failure counts before a time, a full time before a stopped one, and then the
-    smaller: what disturbs a measurement only adds to it. Raises InputError for records of different keys.
+    Of two findings on one config a failure counts before a time, a full time before a stopped one, that before a
+    claim, and then the smaller: what disturbs a measurement only adds to it.
+    Raises InputError for records of different keys.
     """
     if (one.key, one.environment) != (other.key, other.environment):
         raise InputError("records of different keys do not merge", where=f"record {one.key.hash}")
@@ -150,7 +154,7 @@ def _preference(item: Measurement) -> tuple[Any, ...]:
 
 
 def _place(item: Measurement) -> tuple[Any, ...]:
-    order = ("timed", "stopped", "failed").index(item.outcome)
+    order = get_args(Outcome).index(item.outcome)
     return order, item.median_us or 0.0, item.text
 
 
@@ -179,6 +183,6 @@ def _is_time(value: Any) -> bool:
 
 def _is_date(value: Any) -> bool:
     try:
-        return isinstance(value, str) and datetime.fromisoformat(value).strftime(_DATE) == value
+        return isinstance(value, str) and datetime.fromisoformat(value).strftime(DATE_FORMAT) == value
     except ValueError:
         return False

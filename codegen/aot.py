@@ -44,7 +44,9 @@ def compile_kernels(
 ) -> list[CompiledKernel]:
     """The kernels that `forward` launches for shape.tokens on that target, in launch order, or those named.
 
-    Names: router, plan (in place of router, for a routing made elsewhere), scatter, gate_up, down, combine.
+    Names: router, plan (in place of router, for a routing made elsewhere), scatter, gate_up, down, combine; with
+    `configs.backward` those of the backward pass too, which `forward` never launches: grad_pre, grad_x, grad_gate_up,
+    grad_down, grad_gate_up_bias, grad_down_bias.
     InputError for a target or configs that cannot be compiled for, MoeccError if the compiler fails.
     """
     return compile_batch([Job(shape=shape, configs=configs, target=target, kernels=kernels)])[0]

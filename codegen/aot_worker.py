@@ -11,9 +11,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moecc.codegen.aot import CompiledKernel, Job
+from moecc.codegen.backward import backward_constants
 from moecc.codegen.frozen import Constants, kernel_constants, kernel_sequence
 from moecc.codegen.kernels.down import combine_kernel, down_kernel
 from moecc.codegen.kernels.gate_up import gate_up_kernel
+from moecc.codegen.kernels.grad_pre import grad_pre_kernel
+from moecc.codegen.kernels.grad_weights import grad_bias_kernel, grad_weights_kernel
 from moecc.codegen.kernels.plan import plan_kernel, scatter_kernel
 from moecc.codegen.kernels.router import router_kernel
 from moecc.codegen.resources import read_resources, read_x86_resources
@@ -27,10 +30,16 @@ KERNELS = {
     "gate_up": gate_up_kernel,
     "down": down_kernel,
     "combine": combine_kernel,
+    "grad_pre": grad_pre_kernel,
+    "grad_x": down_kernel,
+    "grad_gate_up": grad_weights_kernel,
+    "grad_down": grad_weights_kernel,
+    "grad_gate_up_bias": grad_bias_kernel,
+    "grad_down_bias": grad_bias_kernel,
 }
 SUFFIXES = {"cuda": ("ptx", "cubin"), "hip": ("amdgcn", "hsaco"), "x86": ("s", "so")}
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-FLOAT32_POINTERS = {"topk_weights_ptr", "logits_ptr", "correction_bias_ptr"}
+FLOAT32_POINTERS = {"topk_weights_ptr", "logits_ptr", "correction_bias_ptr", "weight_parts_ptr"}
 FLOAT_POINTERS = {
     "x_ptr",
     "gate_ptr",
@@ -38,6 +47,13 @@ FLOAT_POINTERS = {
     "down_ptr",
     "h_ptr",
     "pre_ptr",
+    "grad_out_ptr",
+    "grad_pre_ptr",
+    "weighted_h_ptr",
+    "left_ptr",
+    "right_ptr",
+    "grad_ptr",
+    "values_ptr",
     "partial_ptr",
     "residual_ptr",
     "out_ptr",
@@ -54,6 +70,10 @@ def compile_job(job: Job) -> list[CompiledKernel]:
     names = job.kernels or kernel_sequence(config, shape.expert_tokens)
 
     def constants(name: str) -> Constants:
+        if name.startswith("grad_"):
+            return backward_constants(
+                layer, config, slots=layer.slots, experts=shape.held_experts, backend=target.backend
+            )[name]
         tables = kernel_constants(
             layer,
             config,

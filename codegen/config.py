@@ -117,13 +117,47 @@ class CombineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SumConfig:
+    """Rows that a step of a column sum adds, and its columns."""
+
+    block_r: int = 32
+    block_n: int = 128
+    num_warps: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardConfigs:
+    """The kernels of the backward pass.
+
+    grad_pre and grad_x walk the tile map of the forward pass and share its `block_m`. The gradients of weights take
+    [block_m, block_n] elements of one expert's gradient and `block_k` of its rows at a time.
+    """
+
+    grad_pre: GemmConfig
+    grad_x: GemmConfig
+    grad_gate_up: GemmConfig
+    grad_down: GemmConfig
+    grad_bias: SumConfig = field(default_factory=SumConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelConfigs:
-    """One layer's kernels on one target. gate_up and down share the tile map, so they share `block_m`."""
+    """One layer's kernels on one target. gate_up and down share the tile map, so they share `block_m`.
+
+    `backward`: those of the backward pass too, for training.
+    """
 
     router: RouterConfig
     gate_up: GemmConfig
     down: GemmConfig
     combine: CombineConfig
+    backward: BackwardConfigs | None = None
+
+    @property
+    def by_kernel(self) -> dict[str, RouterConfig | GemmConfig | CombineConfig | SumConfig]:
+        """Every kernel's config under its name."""
+        forward = {name: config for name, config in vars(self).items() if name != "backward"}
+        return forward | (vars(self.backward) if self.backward else {})
 
 
 def tile_shared_bytes(
@@ -161,19 +195,23 @@ def gemm_shared_bytes(config: GemmConfig, *, weights: int, dtype: DType, target:
 
 def why_invalid(configs: KernelConfigs, shape: LayerShape, target: Target) -> str | None:
     """Why these configs cannot be compiled or launched for this shape and target, or None: the one predicate."""
-    if configs.gate_up.block_m != configs.down.block_m:
-        return f"gate_up block_m {configs.gate_up.block_m} is not down block_m {configs.down.block_m}"
+    kernels = configs.by_kernel
+    for name in ("down", "grad_pre", "grad_x"):
+        config = kernels.get(name, configs.gate_up)
+        if isinstance(config, GemmConfig) and config.block_m != configs.gate_up.block_m:
+            return f"gate_up block_m {configs.gate_up.block_m} is not {name} block_m {config.block_m}"
     return (
         _why_invalid_sizes(configs)
         or _why_invalid_gemm("gate_up", configs.gate_up, shape.gate_up_dots, shape, target)
         or _why_invalid_gemm("down", configs.down, 1, shape, target)
+        or (configs.backward and _why_invalid_backward(configs.backward, shape, target))
         or _why_invalid_router(configs.router, shape, target)
     )
 
 
 def _why_invalid_sizes(configs: KernelConfigs) -> str | None:
     free = ("group_m", "num_stages", "fused_tokens")
-    for kernel, config in vars(configs).items():
+    for kernel, config in configs.by_kernel.items():
         for name, value in vars(config).items():
             at_least = 0 if name == "fused_tokens" else 1
             if value < at_least:
@@ -196,6 +234,12 @@ def _why_invalid_gemm(
     if shared > target.shared_bytes:
         return f"{kernel} needs {shared} bytes of {_memory(target)} of {target.shared_bytes}"
     return None
+
+
+def _why_invalid_backward(configs: BackwardConfigs, shape: LayerShape, target: Target) -> str | None:
+    gemms = [(name, config) for name, config in vars(configs).items() if isinstance(config, GemmConfig)]
+    problems = (_why_invalid_gemm(name, config, 1, shape, target) for name, config in gemms)
+    return next(filter(None, problems), None)
 
 
 def _why_too_small(

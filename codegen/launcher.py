@@ -64,6 +64,7 @@ class Launcher:
     def __init__(self, layer: Layer, configs: Mapping[str, Config]) -> None:
         self.layer, self.configs = layer, configs
         self._idle_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._known_constants: dict[tuple[object, ...], dict[str, Constants]] = {}
 
     def forward(
         self,
@@ -106,24 +107,13 @@ class Launcher:
         number of experts is that of the weights given.
         """
         rows = self._rows(x)
-        if topk_ids.shape != topk_weights.shape or topk_ids.shape[:1] != rows.shape[:1]:
+        if topk_ids.shape != topk_weights.shape:
             raise ValueError(
-                f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} must both be "
-                f"[{len(rows)}, k]"
+                f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} differ in shape"
             )
-        if topk_ids.is_floating_point() or topk_ids.device != rows.device:
-            raise ValueError(
-                f"topk_ids are {topk_ids.dtype} on {topk_ids.device}, not integers on {rows.device}"
-            )
-        if not topk_ids.numel():
+        plan = self._plan_given(rows, topk_ids, topk_weights, expert_count(weights, "gate_up"))
+        if plan is None:
             return torch.zeros_like(x) if residual is None else residual.clone()
-        if "gate_up" not in weights:
-            raise ValueError("weights lack 'gate_up'")
-        experts = len(weights["gate_up"])
-        plan = self._plan(topk_ids.contiguous(), topk_weights.float().contiguous(), experts=experts)
-        constants = self._constants(plan, experts)
-        plan_kernel[(len(plan.block_counts),)](plan.topk_ids, *plan[2:], len(rows), **constants["plan"])
-        self._scatter(plan)
         return self._compute(rows, plan, weights, residual).reshape(x.shape)
 
     def launches(self, tokens: int, target: str) -> tuple[str, ...]:
@@ -155,7 +145,7 @@ class Launcher:
         parts = constants["router"]["SPLIT_H"]
         if logits is not None:
             logits = logits.reshape(-1, layer.experts).contiguous()
-            _expect("logits", logits, (tokens, layer.experts))
+            expect("logits", logits, (tokens, layer.experts))
             gate = logits
         else:
             gate = _tensor(weights, "gate", (layer.experts, layer.hidden), rows.dtype)
@@ -167,6 +157,24 @@ class Launcher:
         ]
         grid = (len(plan.block_counts), parts)
         router_kernel[grid](rows, gate, *biases, logits, *plan, tokens, **constants["router"])
+        return plan
+
+    def _plan_given(
+        self, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int
+    ) -> Plan | None:
+        """The plan of a routing that was made elsewhere, None if it is empty."""
+        if topk_ids.ndim != 2 or len(topk_ids) != len(rows):
+            raise ValueError(f"topk_ids are {list(topk_ids.shape)}, not [{len(rows)}, k]")
+        if topk_ids.is_floating_point() or topk_ids.device != rows.device:
+            raise ValueError(
+                f"topk_ids are {topk_ids.dtype} on {topk_ids.device}, not integers on {rows.device}"
+            )
+        if not topk_ids.numel():
+            return None
+        plan = self._plan(topk_ids.contiguous(), topk_weights.float().contiguous(), experts=experts)
+        constants = self._constants(plan, experts)["plan"]
+        plan_kernel[(len(plan.block_counts),)](plan.topk_ids, *plan[2:], len(rows), **constants)
+        self._scatter(plan)
         return plan
 
     def _scatter(self, plan: Plan) -> None:
@@ -208,7 +216,7 @@ class Launcher:
         down, bias = self._expert_weights("down", weights, experts, (hidden, layer.intermediate))
         if residual is not None:
             residual = residual.reshape(-1, hidden).contiguous()
-            _expect("residual", residual, (tokens, hidden))
+            expect("residual", residual, (tokens, hidden))
         constants = self._constants(plan, experts, has_residual=residual is not None)
         partial = h.new_empty((tokens * slots, hidden))
         out = h.new_empty((tokens, hidden))
@@ -217,7 +225,7 @@ class Launcher:
         routing = (plan.topk_ids, plan.topk_weights, partial, *tail, *plan.tile_map, plan.counters, tokens)
         down_kernel[grid](h, down, bias, *routing, **constants["down"])
         if not constants["down"]["FUSE_COMBINE"]:
-            _combine(partial, plan.topk_ids, *tail, constants["combine"])
+            combine_slots(partial, plan.topk_ids, *tail, constants["combine"])
         return out
 
     def _expert_weights(
@@ -252,17 +260,22 @@ class Launcher:
         return self._idle_counters[key]
 
     def _constants(self, plan: Plan, experts: int, **switches: bool) -> dict[str, Constants]:
+        """Made once: with memory streaming through the caches, what a call computes anew is slow."""
         tokens, slots = plan.topk_ids.shape
         target = self._target(plan.topk_ids.device)
-        return kernel_constants(
-            self.layer,
-            self.configs[target],
-            tokens=tokens,
-            slots=slots,
-            experts=experts,
-            backend=_backend(target),
-            **switches,
-        )
+        config = self.configs[target]
+        key = (target, kernel_sequence(config, tokens), slots, experts, *switches.items())
+        if key not in self._known_constants:
+            self._known_constants[key] = kernel_constants(
+                self.layer,
+                config,
+                tokens=tokens,
+                slots=slots,
+                experts=experts,
+                backend=backend_of(target),
+                **switches,
+            )
+        return self._known_constants[key]
 
     def _target(self, device: torch.device) -> str:
         if not isinstance(router_kernel, triton.JITFunction):
@@ -290,7 +303,7 @@ class Launcher:
         return x.reshape(-1, self.layer.hidden).contiguous()
 
 
-def _combine(
+def combine_slots(
     partial: torch.Tensor,
     topk_ids: torch.Tensor,
     residual: torch.Tensor,
@@ -307,7 +320,7 @@ def _runs_on_x86() -> bool:
     return bool(triton.runtime.driver.active.get_current_target().backend == "x86")
 
 
-def _backend(target: str) -> str:
+def backend_of(target: str) -> str:
     if target in ("interpret", "x86"):
         return target
     return "hip" if target.startswith("gfx") else "cuda"
@@ -320,7 +333,7 @@ def _tensor(
     if name not in weights:
         raise ValueError(f"weights lack {name!r} {list(shape)}")
     tensor = weights[name]
-    _expect(name, tensor, shape)
+    expect(name, tensor, shape)
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype}, not {dtype}")
     if not tensor.is_contiguous():
@@ -328,6 +341,12 @@ def _tensor(
     return tensor
 
 
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def expert_count(weights: Weights, name: str) -> int:
+    if name not in weights:
+        raise ValueError(f"weights lack {name!r}")
+    return len(weights[name])
+
+
+def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")

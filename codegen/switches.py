@@ -50,4 +50,4 @@ def freeze_configs(configs: KernelConfigs) -> dict[str, dict[str, Any]]:
         options = ("num_warps", "num_stages")
         return {name if name in options else name.upper(): value for name, value in vars(config).items()}
 
-    return {name: table(getattr(configs, name)) for name in ("router", "gate_up", "down", "combine")}
+    return {name: table(config) for name, config in configs.by_kernel.items()}

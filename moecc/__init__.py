@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "compile_model": "moecc.api",
+    "explain": "moecc.integrations.dynamo.explain",
     "save_trace": "moecc.frontend.trace",
     "trace": "moecc.integrations.routing_recorder",
 }

@@ -12,6 +12,8 @@ from moecc.errors import InputError
 FORMATS = {
     "bundle": "bundle",
     "folder": "folder",
+    "vllm": "vllm",
+    "sglang": "sglang",
 }
 """Name: module beside this one."""
 

@@ -35,10 +35,12 @@ def write(store: Source, path: Path) -> list[str]:
 
 def read(path: Path, store: Store) -> list[str]:
     """Notes: the entries that are bad, each judged as if it had been found in a store."""
-    return copy_all(_Unpacked(_files(path)), store).refused
+    return copy_all(Unpacked(_files(path)), store).refused
 
 
-class _Unpacked:
+class Unpacked:
+    """A source whose files are in memory, parsed."""
+
     def __init__(self, files: dict[str, Any]) -> None:
         self._files = files
 

@@ -35,6 +35,8 @@ def squash(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
         share = tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
         steepness = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
         return gate * share, share + gate * share * (1.0 - share) * steepness
+    elif ACTIVATION == "identity":
+        return gate, tl.full(gate.shape, 1.0, tl.float32)
     else:
         tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "clamped_swiglu")
         if ACTIVATION == "silu":

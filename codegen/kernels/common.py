@@ -26,6 +26,18 @@ def narrow(values, dtype: tl.constexpr, BACKEND: tl.constexpr):
 
 
 @triton.jit
+def wrap(at, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Positions inside [0, SIZE) in place of those past it; where blocks divide SIZE there are none.
+
+    Then the positions stay contiguous for the compiler, which cannot see through a remainder.
+    """
+    if SIZE % BLOCK == 0:
+        return at
+    else:
+        return at % SIZE
+
+
+@triton.jit
 def load_inside(ptrs, inside, WHOLE: tl.constexpr):
     """What ptrs hold, zero where it is not inside; a WHOLE block needs no mask."""
     if WHOLE:

@@ -13,6 +13,7 @@ from moecc.codegen.kernels.common import (
     locate_tile,
     narrow,
     widen,
+    wrap,
 )
 
 
@@ -139,7 +140,7 @@ def down_kernel(
 
     h_ptrs = h_ptr + tl.where(is_row, row, 0).to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
     weights_ptr = down_ptr + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE)
-    down_ptrs = weights_ptr + (n % HIDDEN)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
+    down_ptrs = weights_ptr + wrap(n, HIDDEN, BLOCK_N)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, INTERMEDIATE, BLOCK_K):
         inside = k < INTERMEDIATE - start

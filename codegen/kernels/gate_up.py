@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from moecc.codegen.kernels.activation import activate
-from moecc.codegen.kernels.common import accumulate_dot, load_inside, locate_tile, narrow, widen
+from moecc.codegen.kernels.common import accumulate_dot, load_inside, locate_tile, narrow, widen, wrap
 
 
 @triton.jit
@@ -64,7 +64,9 @@ def gate_up_kernel(
     token = tl.load(sorted_slots_ptr + row, is_row, other=0) // TOP_K
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
     weights_ptr = gate_up_ptr + expert.to(tl.int64) * (COLUMNS * HIDDEN)
-    gate_ptrs = weights_ptr + (n % INTERMEDIATE)[None, :] * (STEP * COLUMN_STRIDE) + k[:, None] * K_STRIDE
+    gate_ptrs = (
+        weights_ptr + wrap(n, INTERMEDIATE, BLOCK_N)[None, :] * (STEP * COLUMN_STRIDE) + k[:, None] * K_STRIDE
+    )
     up_ptrs = gate_ptrs + UP * COLUMN_STRIDE
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

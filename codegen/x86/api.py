@@ -9,8 +9,8 @@ from contextlib import contextmanager
 def activate(level: str | None = None) -> None:
     """Run Triton's kernels on this CPU from now on.
 
-    `level`: avx2, avx512 or amx, by default the best that the CPU has or MOECC_X86_LEVEL. UnsupportedError for a level
-    that it lacks.
+    `level`: avx2, avx512, avx512bf16 or amx, by default the best that the CPU has or MOECC_X86_LEVEL.
+    UnsupportedError for a level that it lacks.
     """
     from moecc.codegen.x86.driver import X86Driver
     from moecc.codegen.x86.glue import swap_active_driver

@@ -112,10 +112,12 @@ def held_out_loss(model: OlmoeForCausalLM, data: torch.Tensor) -> float:
     return float(mean)
 
 
-def train(steps: int, out: Path, seed: int) -> None:
+def train(steps: int, out: Path, seed: int, compiled: bool) -> None:
     """Train for `steps` steps; writes the checkpoint, in bf16, to `out` every 250 steps and at the end."""
     torch.manual_seed(seed)
     model = OlmoeForCausalLM(model_config()).train()
+    if compiled:
+        model.compile(backend="moecc")
     optimizer = torch.optim.AdamW(
         model.parameters(), PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
@@ -152,9 +154,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="with torch.compile and moecc's kernels")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    train(arguments.steps, arguments.out, arguments.seed)
+    train(arguments.steps, arguments.out, arguments.seed, arguments.compile)
 
 
 if __name__ == "__main__":

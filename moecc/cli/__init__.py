@@ -8,7 +8,7 @@ import sys
 import typer
 
 from moecc import __version__
-from moecc.cli import bench, cache, compile, doctor, opt, place, run, trace
+from moecc.cli import bench, cache, compile, doctor, opt, place, predict, run, trace, tune
 from moecc.errors import MoeccError
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app.command("place")(place.place_command)
 app.command("opt")(opt.opt_command)
 app.command("run")(run.run_command)
 app.command("bench")(bench.bench_command)
+app.command("predict")(predict.predict_command)
+app.command("tune")(tune.tune_command)
 app.command("doctor")(doctor.doctor_command)
 app.add_typer(trace.app, name="trace")
 app.add_typer(cache.app, name="cache")

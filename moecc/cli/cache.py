@@ -27,7 +27,8 @@ RemoteArgument = Annotated[
     typer.Argument(metavar="[URI]", help="The remote, instead of MOECC_CACHE_REMOTE.", show_default=False),
 ]
 FormatOption = Annotated[
-    str, typer.Option("--format", help="bundle: one JSON file; folder: for a web server or git.")
+    str,
+    typer.Option("--format", help="bundle: one JSON file; folder: for a web server or git; vllm, sglang."),
 ]
 
 
@@ -203,7 +204,7 @@ def export_command(
 
 @app.command("import")
 def import_command(
-    path: Annotated[Path, typer.Argument(help="What export wrote.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="What export, vLLM or SGLang wrote.", show_default=False)],
     format_: FormatOption = "bundle",
     cache: FolderOption = None,
     as_json: JsonOption = False,

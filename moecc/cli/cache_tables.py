@@ -57,7 +57,7 @@ def print_entries(rows: Sequence[Mapping[str, Any]]) -> None:
             table,
             row["key"][:_HASH_SHOWN],
             *(str(row[name]) for name in ("device", "op", "kernel", "tokens", "shape", "dtype")),
-            f"{row['best_us']:.1f}",
+            "-" if row["best_us"] is None else f"{row['best_us']:.1f}",
             "-" if row["speedup"] is None else f"{row['speedup']:.2f}",
             str(row["measured"]),
             row["date"][:10],

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from moecc.errors import InputError
 from moecc.frontend.checks import MAX_LAYERS, check_model
 from moecc.frontend.schema import AttentionFields, InlineModel, RouterFields
 from moecc.frontend.spec import Attention, ModelSpec, SharedExperts
 from moecc.frontend.yaml_loader import Document
-from moecc.ir.semantics import Activation, Router
+from moecc.ir.semantics import Activation, ActivationKind, Router
 
 
 def inline_model(parsed: InlineModel, document: Document) -> ModelSpec:
     """The model, checked. Errors: InputError where two values contradict each other."""
     _no_idle_fields(parsed, document)
+    _require_gate(parsed, document)
     layers = parsed.moe_layers + len(parsed.dense_layers)
     dense = _dense_layers(parsed, layers, document)
     shared = parsed.shared_experts
@@ -26,7 +29,7 @@ def inline_model(parsed: InlineModel, document: Document) -> ModelSpec:
         experts=parsed.experts,
         top_k=parsed.top_k,
         intermediate_size=parsed.intermediate_size,
-        activation=Activation(**parsed.activation.model_dump()),
+        activation=Activation(**parsed.activation.model_dump(exclude={"gated"})),
         router=_router(parsed.router),
         router_bias=parsed.router.bias in ("logits", "both"),
         expert_bias=parsed.expert_bias,
@@ -48,6 +51,19 @@ def inline_model(parsed: InlineModel, document: Document) -> ModelSpec:
         },
     )
     return check_model(model, document.value_at(("model",)))
+
+
+def _require_gate(parsed: InlineModel, document: Document) -> None:
+    """`silu` is easily written for `silu_glu`: experts without a gate, with half the weights, are asked for twice."""
+    kind, gated = parsed.activation.kind, Activation(kind=parsed.activation.kind).gated
+    if gated == parsed.activation.gated:
+        return
+    with_gate = f"{kind}_glu" if f"{kind}_glu" in get_args(ActivationKind) else "silu_glu"
+    raise InputError(
+        f"experts with {kind} have {'a' if gated else 'no'} gate",
+        where=document.value_at(("model", "activation")),
+        hint="remove gated: false" if gated else f"write {with_gate}, or {{kind: {kind}, gated: false}}",
+    )
 
 
 def _no_idle_fields(parsed: InlineModel, document: Document) -> None:

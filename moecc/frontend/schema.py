@@ -38,6 +38,7 @@ class ActivationFields(_Strict):
     kind: ActivationKind
     alpha: Positive = 1.702
     limit: Positive = 7.0
+    gated: bool = True
 
 
 class SharedExpertsFields(_Strict):

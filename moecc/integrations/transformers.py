@@ -3,241 +3,154 @@
     import moecc.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moecc")
 
-The import registers the name, nothing else. It is for inference: where gradients are asked for, and for experts that
-the kernels do not know, `grouped_mm` of transformers computes instead, and a warning says why, once. torch.compile
-leaves its graph around the experts.
+The import registers the name and `moecc_recompute`, nothing else. Forward and backward are one op of torch each, which
+torch.compile (fullgraph) and torch.export keep whole; under the second name the backward repeats the first GEMM of
+the experts instead of keeping its result. Weights are read where they lie, so writes to them are always seen. Where
+the kernels do not know some experts, `grouped_mm` of transformers computes instead, and a warning says why, once.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch.nn import functional
+from torch import Tensor
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from moecc.autotune.defaults import default_configs
-from moecc.codegen.config import DTYPE_BYTES, DType, LayerShape
-from moecc.codegen.launcher import Launcher
-from moecc.codegen.switches import freeze_configs, freeze_layer
-from moecc.codegen.targets import TARGETS
-from moecc.errors import MoeccError
-from moecc.ir.semantics import Activation
+from moecc.errors import InputError
+from moecc.integrations import experts_op, experts_pieces  # noqa: F401 - registers the ops
+from moecc.integrations.recognise import activation_of
 
-NAME = "moecc"
-# Attributes under which experts with a clamped SwiGLU keep (alpha, limit).
-CLAMP_ATTRIBUTES = (("alpha", "limit"), ("swiglu_alpha", "swiglu_limit"))
-PAIRS_PER_CHANNEL = 16
-
-
-class UnknownExpertsError(Exception):
-    """What the kernels do not know about some experts: the reason of a fallback."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experts:
-    """The weights of one module as the kernels read them, and what they were made from.
-
-    sources: the module's tensors, with addresses and versions at that time. Holding them keeps their addresses from
-    being given to others.
-    """
-
-    sources: tuple[torch.Tensor, ...]
-    stamps: tuple[tuple[int, int], ...]
-    weights: Mapping[str, torch.Tensor]
-    activation: Activation
-
-
-_EXPERTS: WeakKeyDictionary[torch.nn.Module, Experts] = WeakKeyDictionary()
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def experts_forward(
-    module: torch.nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
+    module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """The experts of one layer: [tokens, hidden] for hidden_states of that shape.
 
     top_k_index, top_k_weights [tokens, top_k]: the ids of a token are distinct, but for those that are no expert's
     (expert parallelism marks what others compute with num_experts), which add nothing.
     Raises RuntimeError for a device without kernels.
     """
-    tensors = _tensors(module)
-    try:
-        if torch.is_grad_enabled() and any(
-            t.requires_grad for t in (hidden_states, top_k_weights, *tensors.values())
-        ):
-            raise UnknownExpertsError("gradients are asked for, and the kernels run forward only")
-        experts = _experts(module, tensors)
-    except UnknownExpertsError as reason:
+    return _forward(module, hidden_states, top_k_index, top_k_weights, recompute=False)
+
+
+def experts_forward_recompute(
+    module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The same; training keeps [tokens * top_k, 2 * intermediate] values less, and computes them twice."""
+    return _forward(module, hidden_states, top_k_index, top_k_weights, recompute=True)
+
+
+def _forward(
+    module: Any, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor, recompute: bool
+) -> Tensor:
+    """Dynamo traces this: what it decides by is constant for a module, and the op is one node."""
+    gate_up = module.gate_up_proj if module.has_gate else module.up_proj
+    down = module.down_proj
+    if reason := _why_left(module, gate_up, down, ids.shape[1]):
         _say_once(f"{type(module).__name__}: {reason}; grouped_mm computes instead")
-        out: torch.Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
-        return out
-    gate_up = experts.weights["gate_up"]
-    launcher = _launcher(
-        (gate_up.shape[2], gate_up.shape[1] // 2, gate_up.shape[0], top_k_index.shape[1]),
-        1 << max(len(hidden_states) - 1, 0).bit_length(),
-        _dtype_name(gate_up.dtype),
-        experts.activation,
-        "gate_up_bias" in experts.weights,
-    )
+        left: Tensor = grouped_mm_experts_forward(module, hidden_states, ids, topk_weights)
+        return left
+    gate_up_bias = down_bias = None
+    if module.has_bias:
+        gate_up_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+        down_bias = module.down_proj_bias
     x = hidden_states.to(gate_up.dtype)
-    return launcher.experts(x, top_k_index, top_k_weights, experts.weights).to(hidden_states.dtype)
-
-
-@cache
-def _launcher(
-    sizes: tuple[int, int, int, int], tokens: int, dtype: DType, activation: Activation, has_bias: bool
-) -> Launcher:
-    """A launcher with the default configs for `tokens`; sizes: hidden, intermediate, experts, top_k.
-
-    Configs are made for every target that has some: the launcher knows which one it runs on.
-    """
-    hidden, intermediate, experts, top_k = sizes
-    shape = LayerShape(
-        tokens=tokens,
-        hidden=hidden,
-        intermediate=intermediate,
-        experts=max(experts, top_k),
-        slots=experts,
-        top_k=top_k,
-        dtype=dtype,
-        activation=activation,
-        has_expert_bias=has_bias,
+    activation = activation_of(module)
+    out: Tensor
+    if activation is None or module.has_post_expert_norm:
+        out = _apart(module, x, ids, topk_weights, (gate_up, gate_up_bias), (down, down_bias))
+        return out.to(hidden_states.dtype)
+    out = torch.ops.moecc.experts.default(
+        x,
+        ids,
+        topk_weights,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        *activation,
+        module.is_transposed,
+        not module.is_concatenated,
+        recompute,
     )
-    configs = {}
-    for target in TARGETS:
-        try:
-            configs[target] = freeze_configs(default_configs(shape, target))
-        except MoeccError:  # nothing fits this target, and the launcher says so where it is the one that runs
-            continue
-    return Launcher(freeze_layer(shape), configs)
+    return out.to(hidden_states.dtype)
+
+
+def _apart(
+    module: Any,
+    x: Tensor,
+    ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    """Experts whose activation is the module's own, or that a norm follows: that is torch's, the GEMMs are ours.
+
+    gate_up and down: weights and bias.
+    """
+    pre = torch.ops.moecc.project(x, ids, *gate_up, module.is_transposed)
+    if module._is_expert_parallel:  # rows of other devices' experts hold anything, come last, and get zero
+        held = ((ids >= 0) & (ids < module.num_experts)).sum()
+        is_foreign = torch.arange(len(pre), device=pre.device)[:, None] >= held
+        pre = pre.masked_fill(is_foreign, 0)
+    h = module._apply_gate(pre) if module.has_gate else module.act_fn(pre)
+    h = h.to(x.dtype)
+    if module._is_expert_parallel:
+        h = h.masked_fill(is_foreign, 0)
+    out: Tensor
+    if not module.has_post_expert_norm:
+        out = torch.ops.moecc.combine(h, ids, topk_weights, *down, module.is_transposed)
+        return out
+    # Every assignment as a token of its own has the same rows.
+    slots = ids.reshape(-1, 1)
+    rows = torch.ops.moecc.combine(
+        h, slots, torch.ones_like(slots, dtype=x.dtype), *down, module.is_transposed
+    )
+    weights = topk_weights.masked_fill(ids >= module.num_experts, 0)
+    out = (module.post_expert_norm(rows).view(*ids.shape, -1) * weights[..., None]).sum(dim=1)
+    return out
+
+
+def _why_left(module: Any, gate_up: Tensor, down: Tensor, top_k: int) -> str | None:
+    """Why the kernels cannot compute these experts; None if they can."""
+    if module.has_post_expert_norm and top_k > module.num_experts:
+        return "a norm follows every expert, and here are fewer experts than a token chooses"
+    if gate_up.dtype != down.dtype:
+        return f"the first weights are {gate_up.dtype} and down_proj is {down.dtype}"
+    if gate_up.dtype not in DTYPES:
+        return f"their weights are {gate_up.dtype}"
+    return None
+
+
+def _say_once(reason: str) -> bool:
+    """Always true: to dynamo, which calls this while it traces, a constant."""
+    return _warn(reason)
+
+
+_assume_constant: Any = torch.compiler.assume_constant_result  # untyped
+_assume_constant(_say_once)
 
 
 @cache
-def _say_once(reason: str) -> None:
-    warnings.warn(f"moecc: {reason}", stacklevel=3)
+def _warn(reason: str) -> bool:
+    warnings.warn(f"moecc: {reason}", stacklevel=4)
+    return True
 
 
-def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The module's weights by the kernels' names, in the module's layout."""
-    if not module.has_gate:
-        return {}
-    names = ["gate_up", "down", *(("gate_up_bias", "down_bias") if module.has_bias else ())]
-    return {name: getattr(module, _source_name(name)) for name in names}
+def _refuse_fp8(module: torch.nn.Module, *_: Tensor) -> Tensor:
+    raise InputError(
+        "the kernels have no FP8 experts",
+        where=type(module).__name__,
+        hint='use experts_implementation="grouped_mm", or load with FineGrainedFP8Config(dequantize=True)',
+    )
 
 
-def _source_name(name: str) -> str:
-    return name.replace("_bias", "_proj_bias") if name.endswith("_bias") else f"{name}_proj"
-
-
-def _experts(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Experts:
-    """The module's experts, made anew when a tensor is another one or was written to.
-
-    Writes through `.data` leave no trace: a copy that was made of such a tensor stays as it was.
-    """
-    stamps = tuple(_stamp(tensor) for tensor in tensors.values())
-    found = _EXPERTS.get(module)
-    if found is None or found.stamps != stamps:
-        _require_known(module, tensors)
-        found = _EXPERTS[module] = Experts(
-            sources=tuple(tensor.detach() for tensor in tensors.values()),
-            stamps=stamps,
-            weights={name: _natural(module, name, tensor.detach()) for name, tensor in tensors.items()},
-            activation=_activation(module, tensors["gate_up"]),
-        )
-    return found
-
-
-def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
-    """(address, version); a tensor of inference mode has no version, and only one that is not copied may lack it."""
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
-
-
-def _require_known(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises UnknownExpertsError for experts that the kernels cannot compute, whatever their gate."""
-    if not tensors:
-        raise UnknownExpertsError("they have no gate")
-    if module.has_post_expert_norm:
-        raise UnknownExpertsError("a norm follows every expert")
-    for name in ("gate_up", "down"):
-        if _dtype_name(tensors[name].dtype) not in DTYPE_BYTES:
-            raise UnknownExpertsError(f"{_source_name(name)} is {tensors[name].dtype}")
-    if tensors["down"].dtype != tensors["gate_up"].dtype:
-        raise UnknownExpertsError("gate_up_proj and down_proj differ in dtype")
-
-
-def _dtype_name(dtype: torch.dtype) -> Any:
-    return str(dtype).removeprefix("torch.")
-
-
-def _natural(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the kernels' layout: itself where that is the module's, else a copy.
-
-    The kernels take [experts, outputs, inputs] and gate rows before up rows; `is_transposed` modules have [experts,
-    inputs, outputs], those that are not `is_concatenated` gate and up columns in turn.
-    """
-    natural = tensor.transpose(1, 2) if module.is_transposed and tensor.ndim == 3 else tensor
-    if name.startswith("gate_up") and not module.is_concatenated:
-        natural = torch.cat((natural[:, ::2], natural[:, 1::2]), dim=1)
-    natural = natural.contiguous()
-    if natural.data_ptr() != tensor.data_ptr() and tensor.is_inference():
-        raise UnknownExpertsError(
-            f"{_source_name(name)} has to be copied, and was made in inference mode, where writes to it go unseen"
-        )
-    return natural
-
-
-def _activation(module: Any, gate_up: torch.Tensor) -> Activation:
-    """The activation of the kernels that agrees with the module's own gate on a table of pairs (gate, up).
-
-    Every channel meets some of the pairs, so that a gate which is not the same in all channels agrees with none.
-    Raises UnknownExpertsError where none agrees.
-    """
-    positive = torch.cat((torch.linspace(0, 8, 33), torch.logspace(1, 15, 15)))
-    values = torch.cat((positive, -positive))
-    shuffled = torch.randperm(len(values) ** 2, generator=torch.Generator().manual_seed(0))
-    pairs = torch.cartesian_prod(values, values)[shuffled]
-    channels = gate_up.shape[2 if module.is_transposed else 1] // 2
-    rows = max(PAIRS_PER_CHANNEL, -(-len(pairs) // channels))
-    table = pairs[torch.arange(rows * channels) % len(pairs)].to(gate_up.device).view(rows, channels, 2)
-    gate, up = table.unbind(dim=2)
-    with torch.no_grad():
-        found = module._apply_gate(torch.cat((gate, up), 1) if module.is_concatenated else table.flatten(1))
-    for activation in _candidates(module):
-        if torch.allclose(found, _activate(gate, up, activation), rtol=1e-5, atol=1e-5):
-            return activation
-    raise UnknownExpertsError("their gate is neither SiLU, exact GELU nor the clamped SwiGLU of gpt-oss")
-
-
-def _candidates(module: torch.nn.Module) -> list[Activation]:
-    clamps = [[getattr(module, name, None) for name in pair] for pair in CLAMP_ATTRIBUTES]
-    return [
-        Activation(kind="silu_glu"),
-        Activation(kind="gelu_glu"),
-        *(
-            Activation(kind="clamped_swiglu", alpha=float(alpha), limit=float(limit))
-            for alpha, limit in clamps
-            if isinstance(alpha, (int, float)) and isinstance(limit, (int, float))
-        ),
-    ]
-
-
-def _activate(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """The formula of `Activation`."""
-    if activation.kind == "silu_glu":
-        return functional.silu(gate) * up
-    if activation.kind == "gelu_glu":
-        return functional.gelu(gate) * up
-    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-    return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
-
-
-_disable: Any = torch.compiler.disable  # untyped
-ALL_EXPERTS_FUNCTIONS.register(NAME, _disable(experts_forward))
+for _name, _function in (("moecc", experts_forward), ("moecc_recompute", experts_forward_recompute)):
+    ALL_EXPERTS_FUNCTIONS.register(_name, _function)
+    ALL_FP8_EXPERTS_FUNCTIONS.register(_name, _refuse_fp8)

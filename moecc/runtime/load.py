@@ -40,11 +40,14 @@ def best_device() -> tuple[str, str]:
 
 
 def x86_level() -> str:
-    """The best level of instructions that kernels can use on this CPU (avx2, avx512 or amx), empty if none."""
-    from moecc.codegen.x86.features import LEVELS, amx_permitted, supported_levels
+    """The best level of instructions that kernels can use on this CPU, as `features.LEVELS` names it, empty if none."""
+    from moecc.codegen.x86.errors import UnsupportedError
+    from moecc.codegen.x86.features import choose_level
 
-    levels = [name for name in supported_levels() if not LEVELS[name].amx or amx_permitted()]
-    return levels[-1] if levels else ""
+    try:
+        return choose_level()
+    except UnsupportedError:
+        return ""
 
 
 def free_bytes(device: str) -> int:

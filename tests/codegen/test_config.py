@@ -12,12 +12,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moecc.autotune.defaults import default_configs
+from moecc.autotune.training_defaults import training_configs
 from moecc.codegen.config import (
+    BackwardConfigs,
     CombineConfig,
     GemmConfig,
     KernelConfigs,
     LayerShape,
     RouterConfig,
+    SumConfig,
     why_invalid,
 )
 from moecc.codegen.frozen import tiles_max
@@ -62,6 +65,24 @@ def test_defaults_are_always_valid(tokens, hidden, intermediate, experts, top_k,
         tokens=tokens, hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, dtype=dtype
     )
     assert why_invalid(default_configs(shape, target), shape, find_target(target)) is None
+    training = training_configs(shape, target)
+    assert why_invalid(training, shape, find_target(target)) is None
+    assert replace(training, backward=None) == default_configs(shape, target)
+
+
+def test_backward_configs_are_judged_too():
+    backward = BackwardConfigs(grad_pre=GEMM, grad_x=GEMM, grad_gate_up=GEMM, grad_down=GEMM)
+    cases = {
+        "gate_up block_m 64 is not grad_x block_m 32": replace(backward, grad_x=replace(GEMM, block_m=32)),
+        "grad_down block_k 24 is not a power of two": replace(backward, grad_down=replace(GEMM, block_k=24)),
+        "grad_bias block_r 0 is smaller than 1": replace(backward, grad_bias=SumConfig(block_r=0)),
+        "grad_gate_up needs 589824 bytes of shared memory of 232448": replace(
+            backward, grad_gate_up=replace(GEMM, block_n=512, block_k=256, num_stages=2)
+        ),
+    }
+    for problem, configs in cases.items():
+        found = why_invalid(replace(CONFIGS, backward=configs), SHAPE, find_target("sm_90"))
+        assert found == problem
 
 
 @pytest.mark.parametrize(("tokens", "block_m"), [(1, 16), (256, 16), (512, 32), (1024, 64), (4096, 128)])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+TRAINING_CASES = ("test_layouts[both-bfloat16]", "test_activations[clamped_swiglu]")
 CASES = (
     "test_families[1-deepseek-v3]",
     "test_families[17-gpt-oss]",
@@ -20,13 +21,14 @@ CASES = (
 
 def test_the_kernels_in_the_interpreter():
     """In a process of its own: Triton decides at import whether it interprets."""
-    module = Path(__file__).with_name("test_kernels.py")
+    kernels, training = (Path(__file__).with_name(f"test_{name}.py") for name in ("kernels", "training"))
+    cases = [f"{kernels}::{case}" for case in CASES] + [f"{training}::{case}" for case in TRAINING_CASES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
     done = subprocess.run(
-        [*command, *(f"{module}::{case}" for case in CASES)],
+        [*command, *cases],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert f"{len(CASES)} passed" in done.stdout
+    assert f"{len(cases)} passed" in done.stdout

@@ -273,6 +273,14 @@ CASES: dict[str, tuple[str | bytes, str]] = {
         edit("  router", "  activation: {kind: silu_glu, limit: 7}\n  router"),
         "8:39: limit has no effect on silu_glu; hint: remove it, or write kind: clamped_swiglu",
     ),
+    "no gate by a slip": (
+        edit("  router", "  activation: silu\n  router"),
+        "8:15: experts with silu have no gate; hint: write silu_glu, or {kind: silu, gated: false}",
+    ),
+    "no gate nor its product": (
+        edit("  router", "  activation: {kind: silu_glu, gated: false}\n  router"),
+        "8:15: experts with silu_glu have a gate; hint: remove gated: false",
+    ),
     "dense layer outside": (
         edit("moe_layers: 3", "moe_layers: 3\n  dense_layers: [4]"),
         "5:18: the dense layer 4 is outside the model; "

@@ -218,3 +218,8 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
             if "\n" in line or not error.hint or not line.startswith(f"{path}:"):
                 raise
     assert refused > 150
+
+
+def test_experts_without_a_gate(tmp_path: Path) -> None:
+    text = GOOD.replace("activation: silu_glu", "activation: {kind: relu2, gated: false}")
+    assert load_model_yaml(write(tmp_path, text)).model.activation == Activation(kind="relu2")

@@ -46,6 +46,12 @@ IN_LINE = {
     "%a = moe.shared_expert(x = %x, gate_up = %s, down = %d, gate = %o) : tokens<T x 16 x float32>": "3:10: moe.shared_expert: experts behind the gate disagree: 2 and 1",
     '%a = buffer.alloc() {type = "tokens<1>"} : tokens<T x 16 x float32>': "3:10: malformed type 'tokens<1>'; hint",
 }
+EXPERTS = """module @m {{
+  func @f(%x: tokens<T x 16 x float16>, %g: weights<8 x 11 x 16 x float16>, %d: weights<8 x 16 x 11 x float16>) {{
+    %y = moe.shared_expert(x = %x, gate_up = %g, down = %d) {{activation = "{kind}"}} : tokens<T x 16 x float16>
+    return %y
+  }}
+}}"""
 ROUTES = {
     "{top_k = 9}": "moe.route: top_k 9 is larger than experts 8; hint: top_k must be in [1, 8]",
     "{top_k = 2, groups = 3}": "moe.route: 8 experts cannot be limited to 1 of 3 groups; hint: groups must divide",
@@ -88,6 +94,12 @@ def test_malformed_operation(line: str, expected: str) -> None:
 def test_impossible_routing(attributes: str, expected: str) -> None:
     text = TEMPLATE.format(line=ROUTE.format(attributes=attributes))
     assert _error(text).startswith(f"f.moe:4:10: {expected}")
+
+
+def test_only_gate_and_up_share_the_rows_of_gate_up() -> None:
+    verify(parse_module(EXPERTS.format(kind="relu2"), "f.moe"))
+    expected = "moe.shared_expert: gate_up has 11 rows, which gate and up cannot share"
+    assert _error(EXPERTS.format(kind="relu_glu")).startswith(f"f.moe:3:10: {expected}")
 
 
 @pytest.mark.parametrize(("text", "expected"), WHOLE.items())

@@ -190,6 +190,18 @@ def narrow(values, dtype: tl.constexpr, BACKEND: tl.constexpr):
 
 
 @triton.jit
+def wrap(at, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Positions inside [0, SIZE) in place of those past it; where blocks divide SIZE there are none.
+
+    Then the positions stay contiguous for the compiler, which cannot see through a remainder.
+    """
+    if SIZE % BLOCK == 0:
+        return at
+    else:
+        return at % SIZE
+
+
+@triton.jit
 def load_inside(ptrs, inside, WHOLE: tl.constexpr):
     """What ptrs hold, zero where it is not inside; a WHOLE block needs no mask."""
     if WHOLE:
@@ -843,6 +855,8 @@ def squash(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
         share = tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
         steepness = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
         return gate * share, share + gate * share * (1.0 - share) * steepness
+    elif ACTIVATION == "identity":
+        return gate, tl.full(gate.shape, 1.0, tl.float32)
     else:
         tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "clamped_swiglu")
         if ACTIVATION == "silu":
@@ -919,7 +933,9 @@ def gate_up_kernel(
     token = tl.load(sorted_slots_ptr + row, is_row, other=0) // TOP_K
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
     weights_ptr = gate_up_ptr + expert.to(tl.int64) * (COLUMNS * HIDDEN)
-    gate_ptrs = weights_ptr + (n % INTERMEDIATE)[None, :] * (STEP * COLUMN_STRIDE) + k[:, None] * K_STRIDE
+    gate_ptrs = (
+        weights_ptr + wrap(n, INTERMEDIATE, BLOCK_N)[None, :] * (STEP * COLUMN_STRIDE) + k[:, None] * K_STRIDE
+    )
     up_ptrs = gate_ptrs + UP * COLUMN_STRIDE
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -1076,7 +1092,7 @@ def down_kernel(
 
     h_ptrs = h_ptr + tl.where(is_row, row, 0).to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
     weights_ptr = down_ptr + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE)
-    down_ptrs = weights_ptr + (n % HIDDEN)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
+    down_ptrs = weights_ptr + wrap(n, HIDDEN, BLOCK_N)[None, :] * COLUMN_STRIDE + k[:, None] * K_STRIDE
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, INTERMEDIATE, BLOCK_K):
         inside = k < INTERMEDIATE - start
@@ -1191,6 +1207,7 @@ class Launcher:
     def __init__(self, layer: Layer, configs: Mapping[str, Config]) -> None:
         self.layer, self.configs = layer, configs
         self._idle_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._known_constants: dict[tuple[object, ...], dict[str, Constants]] = {}
 
     def forward(
         self,
@@ -1233,24 +1250,13 @@ class Launcher:
         number of experts is that of the weights given.
         """
         rows = self._rows(x)
-        if topk_ids.shape != topk_weights.shape or topk_ids.shape[:1] != rows.shape[:1]:
+        if topk_ids.shape != topk_weights.shape:
             raise ValueError(
-                f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} must both be "
-                f"[{len(rows)}, k]"
+                f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} differ in shape"
             )
-        if topk_ids.is_floating_point() or topk_ids.device != rows.device:
-            raise ValueError(
-                f"topk_ids are {topk_ids.dtype} on {topk_ids.device}, not integers on {rows.device}"
-            )
-        if not topk_ids.numel():
+        plan = self._plan_given(rows, topk_ids, topk_weights, expert_count(weights, "gate_up"))
+        if plan is None:
             return torch.zeros_like(x) if residual is None else residual.clone()
-        if "gate_up" not in weights:
-            raise ValueError("weights lack 'gate_up'")
-        experts = len(weights["gate_up"])
-        plan = self._plan(topk_ids.contiguous(), topk_weights.float().contiguous(), experts=experts)
-        constants = self._constants(plan, experts)
-        plan_kernel[(len(plan.block_counts),)](plan.topk_ids, *plan[2:], len(rows), **constants["plan"])
-        self._scatter(plan)
         return self._compute(rows, plan, weights, residual).reshape(x.shape)
 
     def launches(self, tokens: int, target: str) -> tuple[str, ...]:
@@ -1282,7 +1288,7 @@ class Launcher:
         parts = constants["router"]["SPLIT_H"]
         if logits is not None:
             logits = logits.reshape(-1, layer.experts).contiguous()
-            _expect("logits", logits, (tokens, layer.experts))
+            expect("logits", logits, (tokens, layer.experts))
             gate = logits
         else:
             gate = _tensor(weights, "gate", (layer.experts, layer.hidden), rows.dtype)
@@ -1294,6 +1300,24 @@ class Launcher:
         ]
         grid = (len(plan.block_counts), parts)
         router_kernel[grid](rows, gate, *biases, logits, *plan, tokens, **constants["router"])
+        return plan
+
+    def _plan_given(
+        self, rows: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int
+    ) -> Plan | None:
+        """The plan of a routing that was made elsewhere, None if it is empty."""
+        if topk_ids.ndim != 2 or len(topk_ids) != len(rows):
+            raise ValueError(f"topk_ids are {list(topk_ids.shape)}, not [{len(rows)}, k]")
+        if topk_ids.is_floating_point() or topk_ids.device != rows.device:
+            raise ValueError(
+                f"topk_ids are {topk_ids.dtype} on {topk_ids.device}, not integers on {rows.device}"
+            )
+        if not topk_ids.numel():
+            return None
+        plan = self._plan(topk_ids.contiguous(), topk_weights.float().contiguous(), experts=experts)
+        constants = self._constants(plan, experts)["plan"]
+        plan_kernel[(len(plan.block_counts),)](plan.topk_ids, *plan[2:], len(rows), **constants)
+        self._scatter(plan)
         return plan
 
     def _scatter(self, plan: Plan) -> None:
@@ -1335,7 +1359,7 @@ class Launcher:
         down, bias = self._expert_weights("down", weights, experts, (hidden, layer.intermediate))
         if residual is not None:
             residual = residual.reshape(-1, hidden).contiguous()
-            _expect("residual", residual, (tokens, hidden))
+            expect("residual", residual, (tokens, hidden))
         constants = self._constants(plan, experts, has_residual=residual is not None)
         partial = h.new_empty((tokens * slots, hidden))
         out = h.new_empty((tokens, hidden))
@@ -1344,7 +1368,7 @@ class Launcher:
         routing = (plan.topk_ids, plan.topk_weights, partial, *tail, *plan.tile_map, plan.counters, tokens)
         down_kernel[grid](h, down, bias, *routing, **constants["down"])
         if not constants["down"]["FUSE_COMBINE"]:
-            _combine(partial, plan.topk_ids, *tail, constants["combine"])
+            combine_slots(partial, plan.topk_ids, *tail, constants["combine"])
         return out
 
     def _expert_weights(
@@ -1379,17 +1403,22 @@ class Launcher:
         return self._idle_counters[key]
 
     def _constants(self, plan: Plan, experts: int, **switches: bool) -> dict[str, Constants]:
+        """Made once: with memory streaming through the caches, what a call computes anew is slow."""
         tokens, slots = plan.topk_ids.shape
         target = self._target(plan.topk_ids.device)
-        return kernel_constants(
-            self.layer,
-            self.configs[target],
-            tokens=tokens,
-            slots=slots,
-            experts=experts,
-            backend=_backend(target),
-            **switches,
-        )
+        config = self.configs[target]
+        key = (target, kernel_sequence(config, tokens), slots, experts, *switches.items())
+        if key not in self._known_constants:
+            self._known_constants[key] = kernel_constants(
+                self.layer,
+                config,
+                tokens=tokens,
+                slots=slots,
+                experts=experts,
+                backend=backend_of(target),
+                **switches,
+            )
+        return self._known_constants[key]
 
     def _target(self, device: torch.device) -> str:
         if not isinstance(router_kernel, triton.JITFunction):
@@ -1417,7 +1446,7 @@ class Launcher:
         return x.reshape(-1, self.layer.hidden).contiguous()
 
 
-def _combine(
+def combine_slots(
     partial: torch.Tensor,
     topk_ids: torch.Tensor,
     residual: torch.Tensor,
@@ -1434,7 +1463,7 @@ def _runs_on_x86() -> bool:
     return bool(triton.runtime.driver.active.get_current_target().backend == "x86")
 
 
-def _backend(target: str) -> str:
+def backend_of(target: str) -> str:
     if target in ("interpret", "x86"):
         return target
     return "hip" if target.startswith("gfx") else "cuda"
@@ -1447,7 +1476,7 @@ def _tensor(
     if name not in weights:
         raise ValueError(f"weights lack {name!r} {list(shape)}")
     tensor = weights[name]
-    _expect(name, tensor, shape)
+    expect(name, tensor, shape)
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype}, not {dtype}")
     if not tensor.is_contiguous():
@@ -1455,7 +1484,13 @@ def _tensor(
     return tensor
 
 
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def expert_count(weights: Weights, name: str) -> int:
+    if name not in weights:
+        raise ValueError(f"weights lack {name!r}")
+    return len(weights[name])
+
+
+def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
 

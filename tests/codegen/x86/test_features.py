@@ -11,8 +11,9 @@ from moecc.codegen.x86.features import LEVELS, choose_level, supported_levels
 
 @pytest.mark.parametrize("level", list(LEVELS))
 def test_a_cpu_of_a_level_runs_those_below(level: str) -> None:
-    names = list(LEVELS)
-    assert supported_levels(LEVELS[level].flags) == tuple(names[: names.index(level) + 1])
+    names = [name for name in LEVELS if LEVELS[name].flags <= LEVELS[level].flags]
+    assert supported_levels(LEVELS[level].flags) == tuple(names)
+    assert names[-1] == level
     for flag in LEVELS[level].flags:
         assert level not in supported_levels(LEVELS[level].flags - {flag})
 
@@ -39,6 +40,14 @@ def test_tiles_need_permission(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_level("amx")
 
 
+def test_pairs_are_slow_where_tiles_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = LEVELS["amx"].flags | LEVELS["avx512bf16"].flags
+    monkeypatch.setattr(features, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(features, "amx_permitted", lambda: False)
+    assert choose_level() == "avx512"
+    assert choose_level("avx512bf16") == "avx512bf16"
+
+
 @pytest.mark.parametrize(
     ("cpu", "asked", "message"),
     [
@@ -50,7 +59,7 @@ def test_tiles_need_permission(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "avx512",
             "sse",
-            r"level sse \(known are avx2, avx512, amx\) is not supported; hint: this CPU runs avx2, avx512$",
+            r"level sse \(known are avx2, avx512, avx512bf16, amx\) is not supported; hint: this CPU runs avx2, avx512$",
         ),
         (None, None, r"level avx2 \(no avx2, .*\) is not supported; hint: this CPU has no AVX2$"),
     ],

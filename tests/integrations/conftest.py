@@ -1,0 +1,8 @@
+"""Test files of this folder share modules beside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
