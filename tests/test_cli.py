@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from moecc.artifact import load_artifact
 from moecc.frontend.hf_config import preset_names
@@ -123,6 +125,41 @@ def test_shared_experts_of_another_width_run_apart(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "not fused: moe.shared_expert: its shape" in " ".join(
         json.loads((tmp_path / "out/report.json").read_text())["notes"]
+    )
+
+
+def test_bench_sets_measured_beside_predicted(compiled: Any) -> None:
+    table = moecc("bench", compiled[0], "--seconds", "0.01")
+    assert table.returncode == 0, table.stderr
+    assert "predicted ms, h100-sxm" in table.stdout
+    assert "note: h100-sxm is not here, x86 is: its times are predicted only" in table.stdout
+    found = json.loads(moecc("bench", compiled[0], "--seconds", "0.01", "--json").stdout)
+    assert found["schema"] == "moecc.bench/1"
+    assert [row["kernels"] for row in found["rows"]] == ["moe_decode", "moe_prefill"]
+    assert all(row["measured_us"] > 0 for row in found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--layer", "9"], "--layer: layer 9 has no experts; hint: layers with experts: 0-1"),
+        (["run", "--weights", "nowhere"], "nowhere: holds neither model.safetensors nor "),
+        (["bench", "--seconds", "0"], "--seconds: 0 is out of range; hint: it must be in [0.01, 600]"),
+    ],
+)
+def test_wrong_flags_of_an_artifact_are_named(compiled: Any, arguments: list[str], message: str) -> None:
+    result = moecc(arguments[0], compiled[0], *arguments[1:])
+    assert_one_line_error(result, 2)
+    assert result.stderr.startswith(f"error: {message}")
+
+
+def test_a_model_that_was_written_out_has_no_checkpoint(compiled: Any, tmp_path: Path) -> None:
+    save_file({"model.layers.0.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    result = moecc("run", compiled[0], "--weights", tmp_path)
+    assert_one_line_error(
+        result,
+        2,
+        "--weights: no names of weights are known for the family 'inline'; hint: compile the model from its config.json",
     )
 
 
