@@ -111,12 +111,13 @@ def _hardware(spec: CompileSpec) -> tuple[Cluster, tuple[str, ...]]:
 
 
 def _inputs(spec: CompileSpec) -> dict[str, str]:
-    """Digests of the files that were compiled, by their role: an artifact names no machine's paths."""
+    """Digests of what was compiled, by its role: an artifact names no machine's paths."""
     files = {"model.yaml": Path(spec.source), "config.json": Path(spec.model.source)}
-    files |= {f"trace:{w.name}": w.trace for w in spec.workloads if w.trace is not None}
+    files |= {f"trace:{w.name}": w.trace for w in spec.workloads if isinstance(w.trace, Path)}
     if files["model.yaml"] == files["config.json"]:
         del files["config.json"]
-    return {name: sha256(file.read_bytes()) for name, file in files.items() if file.is_file()}
+    found = {name: sha256(file.read_bytes()) for name, file in files.items() if file.is_file()}
+    return found | dict(spec.digests)
 
 
 def _json(data: Any) -> str:

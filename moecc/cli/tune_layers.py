@@ -88,7 +88,7 @@ def tune_layers(shapes: Sequence[LayerShape], limits: Limits, *, trace: Path | N
     from moecc.autotune.session import tune_shapes
     from moecc.autotune.tune import Budget
     from moecc.frontend.trace import load_trace
-    from moecc.runtime.load import best_device, device_target
+    from moecc.runtime.load import best_device, target_of
 
     _check(limits)
     began = time.monotonic()
@@ -97,7 +97,7 @@ def tune_layers(shapes: Sequence[LayerShape], limits: Limits, *, trace: Path | N
     progress = ProgressLines(began, ends_at)
     done = tune_shapes(
         shapes,
-        device_target(best_device()[1]),
+        target_of(best_device()[1]),
         settings=read_settings(),
         budget=Budget(trials=limits.trials, ends_at=ends_at),
         tools=tool_versions(),

@@ -95,8 +95,8 @@ class Kernels:
         return tuple(self.module.launches(tokens, self.target))
 
 
-def device_target(backend: str) -> str:
-    """The target whose kernels run on the device that `best_device` found."""
+def target_of(backend: str) -> str:
+    """The target whose kernels run on the device at hand."""
     import torch
 
     if backend == "hip":
@@ -121,7 +121,7 @@ def load_kernels(artifact: Artifact, kernels: KernelSet, backend: str) -> Kernel
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up while it is executed
     spec.loader.exec_module(module)
-    target = device_target(backend)
+    target = target_of(backend)
     if target not in module.CONFIGS:
         raise MoeccError(
             f"has no kernels for {target}", where=str(path), hint=f"compile again with --target {target}"
