@@ -116,6 +116,7 @@ def test_run_agrees_with_the_reference(compiled: Any, tokens: int) -> None:
     assert 0 < figures["relative_error"] <= figures["tolerance"]
 
 
+@pytest.mark.slow
 def test_shared_experts_of_another_width_run_apart(tmp_path: Path) -> None:
     yaml = write_yaml(tmp_path, devices=1)
     shared = "  shared_experts: {count: 2, intermediate_size: 48}\n  dtype"

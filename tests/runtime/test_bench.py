@@ -63,7 +63,7 @@ def test_few_tokens_hit_few_experts() -> None:
     assert bench.work_of(replace(shape, tokens=3)).experts == pytest.approx(3, rel=0.02)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_kernel_set_is_measured_beside_its_prediction(tmp_path: Path, devices: int) -> None:
     artifact = compiled(tmp_path, "h100-sxm", devices)
     found = json.loads(json.dumps(bench.bench_artifact(artifact, seconds=0.01).to_json()))
@@ -105,6 +105,7 @@ def test_what_does_not_fit_is_predicted_and_said(tmp_path: Path, monkeypatch: py
     assert row.predicted_us["h100-sxm"] > 0
 
 
+@pytest.mark.slow
 def test_a_device_may_hold_fewer_experts_than_a_token_takes(tmp_path: Path) -> None:
     artifact = compiled(tmp_path, "h100-sxm", 8)
     assert all(row.measured_us for row in bench.bench_artifact(artifact, seconds=0.01).rows)

@@ -87,6 +87,7 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Artifact
     return model, folder / "checkpoint", compiled(folder / "checkpoint", folder / "out", devices=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1, 3])
 def test_every_layer_can_be_chosen_and_is_placed_by_its_own_row(qwen3: Any, index: int) -> None:
     model, checkpoint, artifact = qwen3
