@@ -116,7 +116,7 @@ def test_the_command_says_what_it_ran_on(qwen3: Any) -> None:
     lines = ran.stdout.splitlines()
     assert lines[0] == f"weights: layer 1 of {checkpoint}, float32"
     assert lines[1].startswith("moe_decode: 16 tokens on 2 ranks in turn, ")
-    assert lines[2].endswith(": ok")
+    assert any(line.endswith(": ok") for line in lines)
 
 
 def test_only_the_layer_is_read(qwen3: Any, tmp_path: Path) -> None:
