@@ -11,6 +11,8 @@ from typing import Any
 from moecc.errors import InputError
 from moecc.hardware import DeviceSpec, load_device
 
+_FIGURES = ("cores", "memory_bandwidth_gb_s", "peak_tflops", "shared_memory_kb")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
@@ -40,10 +42,11 @@ def find_board(name: str, *, where: str = "--device") -> Board:
     """
     known, reported = _boards(), name.replace(" ", "_")
     if reported in known:
-        facts = dict(known[reported])
-        if "device" not in facts:
-            return Board(name=reported, **facts)
-        return _board_of(load_device(facts["device"]), reported)
+        facts = known[reported]
+        if "device" in facts:
+            return _board_of(load_device(facts["device"]), reported)
+        figures = {key: facts[key]["value"] for key in _FIGURES}
+        return Board(name=reported, target=facts["target"], **figures)
     try:
         return _board_of(load_device(name), name)
     except InputError as error:

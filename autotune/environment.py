@@ -64,6 +64,11 @@ def kernel_source_hash() -> str:
     return _hash_of(_files(_CODEGEN / "kernels"))
 
 
+def compiler_source_hash() -> str:
+    """Of the kernels' sources and of all that turns them into binaries."""
+    return _hash_of(_files(_CODEGEN))
+
+
 def _cpu() -> str:
     """Name, family/model/stepping: the name alone is often that of many CPUs in a virtual machine."""
     text = _read(Path("/proc/cpuinfo"))

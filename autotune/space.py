@@ -70,7 +70,7 @@ def kernel_space(base: KernelConfigs, shape: LayerShape, target: Target) -> Iter
     best of each is the best of both. First all of gate_up with down's columns as in `base`, then all of down.
     """
     seen: set[KernelConfigs] = set()
-    for block_m in _row_tiles(shape, target):
+    for block_m in row_tiles(shape, target):
         for kernel in ("gate_up", "down"):
             for gemm in gemm_space(block_m, kernel, shape, target):
                 rows = {name: replace(getattr(base, name), block_m=block_m) for name in ("gate_up", "down")}
@@ -120,8 +120,9 @@ def gemm_space(block_m: int, kernel: str, shape: LayerShape, target: Target) -> 
         )
 
 
-def _row_tiles(shape: LayerShape, target: Target) -> list[int]:
-    """Around an expert's expected rows: a quarter (skew leaves most experts with less) to eight times."""
+def row_tiles(shape: LayerShape, target: Target) -> list[int]:
+    """`block_m` of both GEMMs, around an expert's expected rows: from a quarter (skew leaves most experts with less) to
+    eight times."""
     least, most = (1, 128) if target.backend == "x86" else (16, 256)
     expected = _power_from(shape.rows_per_expert)
     low, high = min(max(expected // 4, least), most), min(max(expected * 8, least), most)

@@ -25,8 +25,8 @@ from moecc.codegen.targets import Target, find_target
 from moecc.errors import MoeccError
 
 
-def training_configs(shape: LayerShape, target: str) -> KernelConfigs:
-    """`default_configs` with `backward`, always valid.
+def training_configs(shape: LayerShape, target: str, forward: KernelConfigs | None = None) -> KernelConfigs:
+    """`forward`, by default `default_configs`, with `backward`; always valid.
 
     1. grad_pre and grad_x walk the forward pass's tiles; grad_pre holds gate, up and sums at once, and takes half the
        columns of a plain GEMM, with 128 rows a quarter: with half of them it spilled on sm_90.
@@ -35,7 +35,7 @@ def training_configs(shape: LayerShape, target: str) -> KernelConfigs:
     3. What does not fit the target shrinks as in `default_configs`.
     Raises MoeccError for a shape for which nothing fits, InputError for an unknown target.
     """
-    limits, configs = find_target(target), default_configs(shape, target)
+    limits, configs = find_target(target), forward or default_configs(shape, target)
     block_m = configs.gate_up.block_m
     if limits.backend == "x86":
         backward = _x86_configs(shape, block_m)

@@ -10,8 +10,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moecc.codegen.backward import backward_constants
 from moecc.codegen.config import KernelConfigs, LayerShape, why_invalid
+from moecc.codegen.frozen import Constants, kernel_constants, kernel_sequence
 from moecc.codegen.resources import Resources
+from moecc.codegen.switches import freeze_configs, freeze_layer
 from moecc.codegen.targets import find_target
 from moecc.errors import InputError, MoeccError
 
@@ -37,6 +40,33 @@ class Job:
     configs: KernelConfigs
     target: str
     kernels: tuple[str, ...] | None = None
+
+
+def job_constants(job: Job) -> dict[str, Constants]:
+    """By kernel, in launch order, the constants with which the launcher would launch it: with the dtype and the
+    target all that its binary depends on."""
+    target, shape = find_target(job.target), job.shape
+    layer, config = freeze_layer(shape), freeze_configs(job.configs)
+    names = job.kernels or kernel_sequence(config, shape.expert_tokens)
+    experts, backend = shape.held_experts, target.backend
+
+    def constants(name: str) -> Constants:
+        if name.startswith("grad_"):
+            return backward_constants(layer, config, slots=layer.slots, experts=experts, backend=backend)[
+                name
+            ]
+        tables = kernel_constants(
+            layer,
+            config,
+            tokens=shape.tokens if name == "router" else shape.expert_tokens,
+            slots=layer.slots,
+            experts=experts,
+            backend=backend,
+            sort=shape.slots is None,
+        )
+        return tables[name]
+
+    return {name: constants(name) for name in names}
 
 
 def compile_kernels(

@@ -10,9 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moecc.codegen.aot import CompiledKernel, Job
-from moecc.codegen.backward import backward_constants
-from moecc.codegen.frozen import Constants, kernel_constants, kernel_sequence
+from moecc.codegen.aot import CompiledKernel, Job, job_constants
+from moecc.codegen.frozen import Constants
 from moecc.codegen.kernels.down import combine_kernel, down_kernel
 from moecc.codegen.kernels.gate_up import gate_up_kernel
 from moecc.codegen.kernels.grad_pre import grad_pre_kernel
@@ -20,7 +19,6 @@ from moecc.codegen.kernels.grad_weights import grad_bias_kernel, grad_weights_ke
 from moecc.codegen.kernels.plan import plan_kernel, scatter_kernel
 from moecc.codegen.kernels.router import router_kernel
 from moecc.codegen.resources import read_resources, read_x86_resources
-from moecc.codegen.switches import freeze_configs, freeze_layer
 from moecc.codegen.targets import Target, find_target
 
 KERNELS = {
@@ -65,27 +63,8 @@ FLOAT_POINTERS = {
 
 def compile_job(job: Job) -> list[CompiledKernel]:
     """Every kernel of the job, with the constants with which the launcher would launch it."""
-    target, shape = find_target(job.target), job.shape
-    layer, config = freeze_layer(shape), freeze_configs(job.configs)
-    names = job.kernels or kernel_sequence(config, shape.expert_tokens)
-
-    def constants(name: str) -> Constants:
-        if name.startswith("grad_"):
-            return backward_constants(
-                layer, config, slots=layer.slots, experts=shape.held_experts, backend=target.backend
-            )[name]
-        tables = kernel_constants(
-            layer,
-            config,
-            tokens=shape.tokens if name == "router" else shape.expert_tokens,
-            slots=layer.slots,
-            experts=shape.held_experts,
-            backend=target.backend,
-            sort=shape.slots is None,
-        )
-        return tables[name]
-
-    return [_compile(name, constants(name), shape.dtype, target) for name in names]
+    target = find_target(job.target)
+    return [_compile(name, table, job.shape.dtype, target) for name, table in job_constants(job).items()]
 
 
 def _compile(name: str, constants: Constants, dtype: str, target: Target) -> CompiledKernel:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moecc.artifact import Artifact, check_destination, sha256, write_artifact
+from moecc.autotune.routing_class import routing_class, shares_of
 from moecc.build import build_kernels, workspace_bytes
 from moecc.codegen.layers import kernel_sets
 from moecc.codegen.targets import find_target
@@ -50,6 +51,7 @@ def compile_model(
     check_destination(output)
     cluster, targets = _hardware(spec)
     routings = workloads(spec)
+    routing = routing_class(shares_of(routings))
     module = import_model(spec)
     verify(module)
     _require_fit(device_memory_use(module, cluster.device), spec)
@@ -59,9 +61,9 @@ def compile_model(
         files[f"ir/{len(files):02}-{name}.moe"] = print_module(module)
 
     run_passes(module, PIPELINE, Context(workloads=routings, progress=progress), keep)
-    memory = device_memory_use(module, cluster.device, workspace_bytes(module, targets))
+    memory = device_memory_use(module, cluster.device, workspace_bytes(module, targets, routing=routing))
     _require_fit(memory, spec)
-    built = build_kernels(kernel_sets(module), targets, progress)
+    built = build_kernels(kernel_sets(module), targets, progress, routing=routing)
     figures = report(module, cluster, memory, built, seconds=lambda: time.monotonic() - started)
     files |= built.files
     files |= {
@@ -109,12 +111,13 @@ def _hardware(spec: CompileSpec) -> tuple[Cluster, tuple[str, ...]]:
 
 
 def _inputs(spec: CompileSpec) -> dict[str, str]:
-    """Digests of the files that were compiled, by their role: an artifact names no machine's paths."""
+    """Digests of what was compiled, by its role: an artifact names no machine's paths."""
     files = {"model.yaml": Path(spec.source), "config.json": Path(spec.model.source)}
-    files |= {f"trace:{w.name}": w.trace for w in spec.workloads if w.trace is not None}
+    files |= {f"trace:{w.name}": w.trace for w in spec.workloads if isinstance(w.trace, Path)}
     if files["model.yaml"] == files["config.json"]:
         del files["config.json"]
-    return {name: sha256(file.read_bytes()) for name, file in files.items() if file.is_file()}
+    found = {name: sha256(file.read_bytes()) for name, file in files.items() if file.is_file()}
+    return found | dict(spec.digests)
 
 
 def _json(data: Any) -> str:

@@ -75,14 +75,29 @@ def report(
         "placement": placement and {"certificate": placement["certificate"], **placement["report"]},
         "steps": [_step(module, phase) for phase in PHASES],
         "kernels": built.table,
+        "configs": built.configs,
+        "kernel_cache": {"compiled": built.compiled, "reused": built.reused},
         "memory": {
             **asdict(memory),
             "used_bytes": memory.used_bytes,
             "cached_sequences": cached_sequences(module),
         },
-        "notes": _notes(module, cluster),
+        "notes": [*_notes(module, cluster), *_config_notes(built)],
         "seconds": round(seconds(), 3),
     }
+
+
+def _config_notes(built: BuiltKernels) -> list[str]:
+    """How many sets run tuned configs on each target that can be tuned, and why others do not."""
+    notes = []
+    for target in dict.fromkeys(row["target"] for row in built.configs):
+        rows = [row for row in built.configs if row["target"] == target]
+        tuned = sum(row["source"] == "tuned" for row in rows)
+        reasons = dict.fromkeys(row["because"] for row in rows if row["source"] == "default")
+        if target != "interpret":
+            why = f"; default: {'; '.join(reasons)}" if reasons else ""
+            notes.append(f"{target}: {tuned} of {len(rows)} kernel sets have tuned configs{why}")
+    return notes
 
 
 def _step(module: Module, phase: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from moecc.artifact import load_artifact
 from moecc.frontend.hf_config import preset_names
@@ -114,6 +116,7 @@ def test_run_agrees_with_the_reference(compiled: Any, tokens: int) -> None:
     assert 0 < figures["relative_error"] <= figures["tolerance"]
 
 
+@pytest.mark.slow
 def test_shared_experts_of_another_width_run_apart(tmp_path: Path) -> None:
     yaml = write_yaml(tmp_path, devices=1)
     shared = "  shared_experts: {count: 2, intermediate_size: 48}\n  dtype"
@@ -126,6 +129,41 @@ def test_shared_experts_of_another_width_run_apart(tmp_path: Path) -> None:
     )
 
 
+def test_bench_sets_measured_beside_predicted(compiled: Any) -> None:
+    table = moecc("bench", compiled[0], "--seconds", "0.01")
+    assert table.returncode == 0, table.stderr
+    assert "predicted ms, h100-sxm" in table.stdout
+    assert "note: h100-sxm is not here, x86 is: its times are predicted only" in table.stdout
+    found = json.loads(moecc("bench", compiled[0], "--seconds", "0.01", "--json").stdout)
+    assert found["schema"] == "moecc.bench/1"
+    assert [row["kernels"] for row in found["rows"]] == ["moe_decode", "moe_prefill"]
+    assert all(row["measured_us"] > 0 for row in found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--layer", "9"], "--layer: layer 9 has no experts; hint: layers with experts: 0-1"),
+        (["run", "--weights", "nowhere"], "nowhere: holds neither model.safetensors nor "),
+        (["bench", "--seconds", "0"], "--seconds: 0 is out of range; hint: it must be in [0.01, 600]"),
+    ],
+)
+def test_wrong_flags_of_an_artifact_are_named(compiled: Any, arguments: list[str], message: str) -> None:
+    result = moecc(arguments[0], compiled[0], *arguments[1:])
+    assert_one_line_error(result, 2)
+    assert result.stderr.startswith(f"error: {message}")
+
+
+def test_a_model_that_was_written_out_has_no_checkpoint(compiled: Any, tmp_path: Path) -> None:
+    save_file({"model.layers.0.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    result = moecc("run", compiled[0], "--weights", tmp_path)
+    assert_one_line_error(
+        result,
+        2,
+        "--weights: no names of weights are known for the family 'inline'; hint: compile the model from its config.json",
+    )
+
+
 def test_a_wrong_kernel_is_noticed(compiled: Any, tmp_path: Path) -> None:
     """The check can fail: an artifact whose activation is another, its manifest made to match."""
     import hashlib
@@ -134,7 +172,7 @@ def test_a_wrong_kernel_is_noticed(compiled: Any, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(compiled[0], folder)
     kernels = folder / "kernels/moe_decode.py"
-    text = kernels.read_text().replace('"ACTIVATION": "silu_glu"', '"ACTIVATION": "gelu_glu"')
+    text = kernels.read_text().replace('"ACTIVATION": "silu"', '"ACTIVATION": "gelu"')
     kernels.write_text(text)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["kernels/moe_decode.py"] = hashlib.sha256(text.encode()).hexdigest()

@@ -114,7 +114,12 @@ def test_a_rank_is_tuned_for_its_part(moecc: Any) -> None:
         ),
         (
             ("tune", "--device", "h100-sxm", *LAYER),
-            "moecc tune: measuring is not there yet; hint: add --rank-only\n",
+            "--device: is for rankings only; hint: leave it out, or rank without a device: --rank-only\n",
+        ),
+        (("tune", "--rank-only", *LAYER), "--device: is missing; hint: "),
+        (
+            ("tune", "--rank-only", "--device", "h100-sxm", *LAYER, "--tokens", "1,2"),
+            "--tokens: 2 counts to rank for; hint: give one\n",
         ),
         (
             ("tune", "--rank-only", "--device", "h100-sxm", *LAYER, "--top", "0"),

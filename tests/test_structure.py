@@ -32,6 +32,7 @@ RANKS = {
     "report": 6,
     "timeline": 6,
     "driver": 7,
+    "api": 8,
     "cli": 8,
     "__init__": 8,  # the public face, which loads what it names when it is asked for
     "__main__": 9,

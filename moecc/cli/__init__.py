@@ -8,7 +8,7 @@ import sys
 import typer
 
 from moecc import __version__
-from moecc.cli import cache, compile, doctor, opt, place, predict, run, trace, tune
+from moecc.cli import bench, cache, compile, doctor, opt, place, predict, run, trace, tune
 from moecc.errors import MoeccError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("compile")(compile.compile_command)
 app.command("place")(place.place_command)
 app.command("opt")(opt.opt_command)
 app.command("run")(run.run_command)
+app.command("bench")(bench.bench_command)
 app.command("predict")(predict.predict_command)
 app.command("tune")(tune.tune_command)
 app.command("doctor")(doctor.doctor_command)

@@ -14,15 +14,24 @@ from moecc.errors import MoeccError
 def run_command(
     artifact: Annotated[Path, typer.Argument(help="Folder that moecc compile wrote.", show_default=False)],
     tokens: Annotated[int, typer.Option(help="Tokens of the batch.")] = 16,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a local Hugging Face checkpoint; random weights otherwise."),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Index of the layer in the model; the first with experts otherwise.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with a float64 reference.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the input, and of random weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Run a layer of an artifact on random weights with its own kernels, on the best device at hand."""
+    """Run a layer of an artifact with its own kernels on the best device at hand."""
     from moecc.artifact import load_artifact
     from moecc.runtime.run import run_artifact
 
-    result = run_artifact(load_artifact(artifact), tokens=tokens, check=check, seed=seed)
+    result = run_artifact(
+        load_artifact(artifact), tokens=tokens, check=check, seed=seed, layer=layer, weights=weights
+    )
     if as_json:
         typer.echo(json.dumps(result.to_json()))
     else:
@@ -30,7 +39,10 @@ def run_command(
         where = {"interpret": "Triton's interpreter on the host", "x86": "native on the CPU"}.get(
             result.backend, result.device
         )
+        if weights is not None:
+            typer.echo(f"weights: layer {result.layer} of {result.weights}")
         typer.echo(f"{result.function}: {result.tokens} tokens{ranks}, {result.time_ms:.1f} ms ({where})")
+        typer.echo(f"configs: {result.configs}")
     if result.passed is None or as_json:
         _fail_unless(result.passed)
         return

@@ -154,3 +154,40 @@ def print_trace_stats(stats: Sequence[tuple[RoutingStats, Locality]]) -> None:
     print_titled(
         console, "Locality, means over layers: best segment router (SRP), segment cache hit rate (SCH)", local
     )
+
+
+def print_bench(bench: Mapping[str, Any]) -> None:
+    """One row a kernel set: predicted by device, measured with quartiles, and what the machine achieved."""
+    console = wide_console()
+    devices = list(dict.fromkeys(name for row in bench["rows"] for name in row["predicted_us"]))
+    predicted = [f"predicted ms, {name}" for name in devices]
+    measured = (f"measured ms, {bench['machine']}", "quartiles", "rounds")
+    table = plain_table(
+        "kernels", "tokens", *predicted, *measured, "GFLOP", "MB", "GFLOP/s", "GB/s", "of memory's"
+    )
+    for row in bench["rows"]:
+        times = [f"{row['predicted_us'][name] / 1e3:.3f}" for name in devices]
+        gflop, mega = row["work"]["flops"] / 1e9, row["work"]["bytes"] / 1e6
+        sizes = [f"{gflop:.3f}", f"{mega:.1f}"]
+        table.add_row(row["kernels"], f"{row['tokens']:,}", *times, *_measured(row), *sizes, *_achieved(row))
+    title = "Measured beside predicted"
+    if bench["read_gb_s"] is not None:
+        title += f"; reading memory alone reaches {bench['read_gb_s']:.1f} GB/s"
+    print_titled(console, title, table)
+    notes = [f"{row['kernels']} was not run: {row['why']}" for row in bench["rows"] if row["why"]]
+    for note in [*notes, *bench["notes"]]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _measured(row: Mapping[str, Any]) -> list[str]:
+    if row["measured_us"] is None:
+        return ["-", "-", "-"]
+    median, lower, upper = (row[key] / 1e3 for key in ("measured_us", "lower_us", "upper_us"))
+    return [f"{median:.3f}", f"{lower:.3f}-{upper:.3f}", str(row["rounds"])]
+
+
+def _achieved(row: Mapping[str, Any]) -> list[str]:
+    if row["measured_us"] is None:
+        return ["-", "-", "-"]
+    rates = (row["work"][key] / row["measured_us"] / 1e3 for key in ("flops", "bytes"))
+    return [*(f"{rate:.1f}" for rate in rates), f"{row['bandwidth_share']:.0%}"]

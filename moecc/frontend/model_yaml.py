@@ -37,12 +37,18 @@ def load_model_yaml(path: Path) -> CompileSpec:
     document = load_yaml(path)
     parsed = _validate(document)
     model = _model(parsed, document, path.parent)
+    return compile_spec(parsed, model, _workloads(parsed, document, path.parent), document)
+
+
+def compile_spec(
+    parsed: schema.FileFields, model: ModelSpec, workloads: tuple[WorkloadSpec, ...], document: Document
+) -> CompileSpec:
+    """What is asked for beside the model, after checking what no schema can; `document` says where it stands."""
     cluster = ClusterSpec(**parsed.cluster.model_dump())
     placement, notes = _placement(parsed.placement, model, cluster.devices, document)
     for problem in placement_problems(placement, cluster, model.experts):
         where = document.value_at(tuple(problem.key.split(".")))
         raise InputError(problem.message, where=where, hint=problem.hint)
-    workloads = _workloads(parsed, document, path.parent)
     if not workloads:
         workloads = (WorkloadSpec(name="uniform", routing="uniform"),)
         notes.append("no workloads are given: uniform routing is assumed")
@@ -54,7 +60,7 @@ def load_model_yaml(path: Path) -> CompileSpec:
         placement=placement,
         targets=_targets(parsed, document),
         notes=tuple(notes),
-        source=str(path),
+        source=document.file,
         locations=document.dotted(),
     )
 

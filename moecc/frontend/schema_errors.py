@@ -108,7 +108,9 @@ def _error(item: Any, document: Document, schema: type[BaseModel]) -> InputError
     )
 
 
-def _literal_error(path: KeyPath, value: object, context: dict[str, Any], where: Location) -> InputError:
+def _literal_error(
+    path: KeyPath, value: object, context: dict[str, Any], where: Location | str
+) -> InputError:
     if path == ("moecc",):
         return InputError(
             f"format {describe(value)} is not supported", where=where, hint="this moecc reads 'moecc: 1'"

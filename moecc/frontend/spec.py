@@ -10,6 +10,7 @@ from typing import Literal
 from moecc.errors import Location
 from moecc.ir.semantics import Activation, Router
 from moecc.ir.types import DTYPE_BYTES
+from moecc.solvers.routing import Routing
 
 AttentionKind = Literal["gqa", "mla"]
 DType = Literal["bfloat16", "float16", "float32"]
@@ -143,10 +144,11 @@ class ClusterSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadSpec:
-    """Either a recorded `trace` or an assumed `routing`; `weight` is its share when workloads are pooled."""
+    """Either a recorded `trace`, in a file or at hand, or an assumed `routing`; `weight` is its share when workloads
+    are pooled."""
 
     name: str
-    trace: Path | None = None
+    trace: Path | Routing | None = None
     routing: RoutingKind | None = None
     alpha: float = 1.0
     weight: float = 1.0
@@ -183,7 +185,10 @@ class PlacementSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileSpec:
-    """One `model.yaml`. `locations` is keyed by dotted path, as in "cluster.device" or "workloads.0.trace"."""
+    """One `model.yaml`. `locations` is keyed by dotted path, as in "cluster.device" or "workloads.0.trace".
+
+    digests: sha256 of what is compiled and stands in no file, by its role.
+    """
 
     model: ModelSpec
     cluster: ClusterSpec
@@ -193,6 +198,7 @@ class CompileSpec:
     targets: tuple[Target, ...] = ()
     notes: tuple[str, ...] = ()
     source: str
+    digests: Mapping[str, str] = field(default_factory=dict)
     locations: Locations = field(default_factory=dict, compare=False, repr=False)
 
 

@@ -19,8 +19,9 @@ def workloads(spec: CompileSpec) -> tuple[Routing, ...]:
 
 def _routing(spec: CompileSpec, index: int, workload: WorkloadSpec) -> Routing:
     if workload.trace is not None:
-        routing = load_trace(workload.trace, workload.name)
-        where = locate(spec.locations, f"workloads.{index}.trace", str(workload.trace))
+        trace = workload.trace
+        routing = trace if isinstance(trace, Routing) else load_trace(trace, workload.name)
+        where = locate(spec.locations, f"workloads.{index}.trace", workload.name)
         check_trace(routing, spec.model, where)
     else:
         routing = assumed_routing(

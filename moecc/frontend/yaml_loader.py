@@ -24,14 +24,14 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A YAML mapping as plain data; `values` and `keys` say where each value and each key stands."""
+    """A mapping as plain data; `values` and `keys` say where each value and each key stands, in a file or elsewhere."""
 
     file: str
     data: dict[str, object]
-    values: Mapping[KeyPath, Location]
-    keys: Mapping[KeyPath, Location]
+    values: Mapping[KeyPath, Location | str]
+    keys: Mapping[KeyPath, Location | str]
 
-    def value_at(self, path: KeyPath) -> Location:
+    def value_at(self, path: KeyPath) -> Location | str:
         """Where the value stands, or the nearest key around it when it was not written."""
         if path in self.values:
             return self.values[path]
@@ -41,7 +41,7 @@ class Document:
                 return self.keys[path]
         return Location(self.file, 1, 1)
 
-    def dotted(self) -> dict[str, Location]:
+    def dotted(self) -> dict[str, Location | str]:
         """The locations of values under dotted names, as in "workloads.0.trace"."""
         return {".".join(map(str, path)): where for path, where in self.values.items()}
 

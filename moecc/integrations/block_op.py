@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecc.autotune.defaults import default_configs
 from moecc.codegen.launcher import Launcher
 from moecc.codegen.switches import freeze_layer
 from moecc.errors import MoeccError
 from moecc.integrations.block_ir import lowered_shape
 from moecc.integrations.experts_op import LIBRARY, define
-from moecc.integrations.launchers import configs_for, token_bucket
+from moecc.integrations.launchers import configs_for, token_bucket, tuned_configs
 
 NAMES = ("gate", "router_bias", "correction_bias", "gate_up", "down", "gate_up_bias", "down_bias")
 """The weights in the order of the op's arguments, by the launcher's names."""
@@ -34,9 +33,9 @@ class BlockLauncher(Launcher):
 
 @cache
 def block_launcher(ir: str, tokens: int) -> BlockLauncher:
-    """A launcher of the fused layer `ir`, with the default configs for `tokens`."""
+    """A launcher of the fused layer `ir`, with the configs that were tuned for `tokens`, or the default ones."""
     shape = lowered_shape(ir, tokens)
-    return BlockLauncher(freeze_layer(shape), configs_for(shape, default_configs))
+    return BlockLauncher(freeze_layer(shape), configs_for(shape, tuned_configs))
 
 
 def _moe_block(x: Tensor, *arguments: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 
+from moecc.autotune.checking import choose_checked
 from moecc.autotune.training_defaults import training_configs
 from moecc.codegen.config import DTYPE_BYTES, KernelConfigs, LayerShape
 from moecc.codegen.switches import freeze_configs, freeze_layer
@@ -37,7 +38,8 @@ def launcher_of(
     transposed: bool,
     interleaved: bool,
 ) -> TrainingLauncher:
-    """A launcher with the default configs for `tokens`, for every target that has some: it knows which one it runs on.
+    """A launcher with the configs that were tuned for `tokens`, or the default ones, for every target that has some: it
+    knows which one it runs on.
 
     gate_up: the shape of that weight. Raises InputError for a type, an activation or a shape that no kernel knows.
     """
@@ -65,7 +67,16 @@ def launcher_of(
         transposed=transposed,
         interleaved=interleaved,
     )
-    return TrainingLauncher(freeze_layer(shape), configs_for(shape, training_configs))
+    return TrainingLauncher(freeze_layer(shape), configs_for(shape, _for_training))
+
+
+def tuned_configs(shape: LayerShape, target: str) -> KernelConfigs:
+    """Those that were tuned and compute the same, or the default ones."""
+    return choose_checked(shape, target).configs
+
+
+def _for_training(shape: LayerShape, target: str) -> KernelConfigs:
+    return training_configs(shape, target, tuned_configs(shape, target))
 
 
 def configs_for(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecc.errors import InputError
+from moecc.integrations.batches import Batch, batch_of
 from moecc.solvers.routing import Routing
 
 if TYPE_CHECKING:
@@ -130,8 +131,23 @@ def _is_binary(path: Path) -> bool:
         return b"\0" in file.read(8192)
 
 
-def record_routing(model: Any, batches: Iterable[torch.Tensor], name: str) -> Routing:
-    """The experts that `model` chooses for every token of `batches`, each int64 [sequences, length].
+def trace(
+    model: Any, dataloader: Iterable[Any], *, tokens: int | None = None, name: str = "trace"
+) -> Routing:
+    """The experts that a transformers 5 model chooses for the tokens of a data loader: `moecc.trace`.
+
+    dataloader: any iterable of batches as `batch_of` takes them; positions that their attention_mask leaves out are
+    padding and are not recorded. tokens: the most to record, all where it is None; the data loader is read no
+    further. name: that of the workload. `moecc.save_trace(path, routing)` writes what was recorded.
+    Raises InputError for batches of another form, and where `record_routing` does.
+    """
+    if tokens is not None and tokens < 1:
+        raise InputError(f"{tokens} is out of range", where="tokens", hint="record at least one token")
+    return record_routing(model, dataloader, name, limit=tokens)
+
+
+def record_routing(model: Any, batches: Iterable[Any], name: str, *, limit: int | None = None) -> Routing:
+    """The experts that `model` chooses for every token of `batches`, up to `limit` tokens; forms as in `batch_of`.
 
     `model` is a transformers 5 model whose experts modules follow its experts interface; they are called with
     (hidden [tokens, H], expert ids [tokens, k], weights). Layers stand in the order of the modules; ids stay in
@@ -148,16 +164,19 @@ def record_routing(model: Any, batches: Iterable[torch.Tensor], name: str) -> Ro
     model.eval()
     try:
         with torch.inference_mode(), _captured_ids(layers) as captured:
-            for batch in batches:
-                # the base model: the logits are not needed, and are large
-                model.base_model(input_ids=batch.to(model.device), use_cache=False)
-                recorded.append(_stack_layers(captured, tokens=batch.numel()))
-                lengths += [batch.shape[1]] * batch.shape[0]
+            for number, item in enumerate(batches):
+                batch = batch_of(item, number)
+                _run(model, batch)
+                ids = _stack_layers(captured, tokens=batch.input_ids.numel())
+                recorded.append(ids[batch.kept.flatten()])
+                lengths += batch.kept.sum(1).tolist()
+                if limit is not None and sum(lengths) >= limit:
+                    break
     finally:
         model.train(was_training)
-    if not recorded:
+    if not sum(lengths):
         raise InputError("no text to record", hint="give at least one batch of tokens")
-    ids = torch.cat(recorded)
+    ids = torch.cat(recorded)[:limit]
     if int(ids.max()) >= num_experts:
         raise InputError(
             f"expert id {int(ids.max())} in a model of {num_experts} experts",
@@ -167,8 +186,14 @@ def record_routing(model: Any, batches: Iterable[torch.Tensor], name: str) -> Ro
         name=name,
         topk_ids=ids.numpy().astype(np.int16),
         num_experts=num_experts,
-        sequence_ids=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        sequence_ids=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[:limit],
     )
+
+
+def _run(model: Any, batch: Batch) -> None:
+    """Through the base model: the logits are not needed, and are large."""
+    mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask.to(model.device)}
+    model.base_model(input_ids=batch.input_ids.to(model.device), **mask, use_cache=False)
 
 
 def experts_modules(model: Any) -> dict[str, Any]:

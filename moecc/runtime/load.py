@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecc.artifact import Artifact
+from moecc.autotune.checking import choose_checked
 from moecc.codegen.layers import KernelSet
+from moecc.codegen.switches import freeze_configs
 from moecc.errors import MoeccError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+AS_COMPILED = "as compiled"
 Weights = Mapping[str, "Tensor"]  # by name, as emitted modules take them
 
 
@@ -70,10 +73,11 @@ def _host_free_bytes() -> int:
 
 @dataclass(frozen=True)
 class Kernels:
-    """One emitted module, loaded: its functions, and the target whose configs it runs with."""
+    """One emitted module, loaded: its functions, the target whose configs it runs with, and where those come from."""
 
     module: Any
     target: str
+    configs: str = AS_COMPILED
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         out: Tensor = self.module.forward(x, weights)
@@ -91,7 +95,8 @@ class Kernels:
         return tuple(self.module.launches(tokens, self.target))
 
 
-def _target(backend: str) -> str:
+def target_of(backend: str) -> str:
+    """The target whose kernels run on the device at hand."""
     import torch
 
     if backend == "hip":
@@ -102,7 +107,10 @@ def _target(backend: str) -> str:
 
 
 def load_kernels(artifact: Artifact, kernels: KernelSet, backend: str) -> Kernels:
-    """Imports the set's module from the artifact. Raises MoeccError where the artifact has no code for the backend."""
+    """Imports the set's module from the artifact; configs that were tuned on this device replace those in it.
+
+    Raises MoeccError where the artifact has no code for the backend.
+    """
     path = artifact.folder / kernels.file
     digest = artifact.manifest["files"].get(kernels.file)
     if digest is None:
@@ -113,9 +121,13 @@ def load_kernels(artifact: Artifact, kernels: KernelSet, backend: str) -> Kernel
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up while it is executed
     spec.loader.exec_module(module)
-    target = _target(backend)
+    target = target_of(backend)
     if target not in module.CONFIGS:
         raise MoeccError(
             f"has no kernels for {target}", where=str(path), hint=f"compile again with --target {target}"
         )
-    return Kernels(module, target)
+    choice = choose_checked(kernels.shape, target)
+    if choice.source == "default":
+        return Kernels(module, target)
+    module.launcher.configs = {**module.CONFIGS, target: freeze_configs(choice.configs)}
+    return Kernels(module, target, f"tuned: {choice.because}")

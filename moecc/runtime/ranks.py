@@ -33,9 +33,9 @@ class Ranks:
     weights: tuple[Weights, ...]
 
     @staticmethod
-    def of(placement: Mapping[str, Any], weights: Weights) -> Ranks:
-        """Ranks of the placement's first layer, each with a copy of its experts' weights."""
-        slots = np.asarray(placement["physical_to_logical_map"][0], np.int64).reshape(
+    def of(placement: Mapping[str, Any], row: int, weights: Weights) -> Ranks:
+        """Ranks of the layer in row `row` of the placement, each with a copy of its experts' weights."""
+        slots = np.asarray(placement["physical_to_logical_map"][row], np.int64).reshape(
             placement["devices"], -1
         )
         own = tuple(

@@ -25,9 +25,11 @@ def all_layers(experts: int, devices: int, width: int) -> Holds | None:
         count = math.factorial(experts) // math.factorial(width) ** devices
     if count > MOST:
         return None
-    sets = list(itertools.combinations(range(experts), width))
-    chosen = itertools.product(sets, repeat=devices) if spare else _partitions(sets, devices, frozenset())
-    filled = np.array(list(chosen), np.int64)
+    if spare:
+        sets = itertools.combinations(range(experts), width)
+        filled = np.array(list(itertools.product(sets, repeat=devices)), np.int64)
+    else:
+        filled = np.array(_partitions(tuple(range(experts)), devices, width), np.int64)
     holds = np.zeros((len(filled), experts, devices), np.bool_)
     device = np.arange(devices)[None, :, None]
     holds[np.arange(len(filled))[:, None, None], filled, device] = True
@@ -35,16 +37,14 @@ def all_layers(experts: int, devices: int, width: int) -> Holds | None:
     return np.asarray(holds[complete.all(axis=1)])
 
 
-def _partitions(
-    sets: list[tuple[int, ...]], devices: int, used: frozenset[int]
-) -> list[tuple[tuple[int, ...], ...]]:
+def _partitions(free: tuple[int, ...], devices: int, width: int) -> list[tuple[tuple[int, ...], ...]]:
+    """Every way to deal all `free` experts to the devices."""
     if devices == 0:
         return [()]
     return [
         (held, *rest)
-        for held in sets
-        if used.isdisjoint(held)
-        for rest in _partitions(sets, devices - 1, used | set(held))
+        for held in itertools.combinations(free, width)
+        for rest in _partitions(tuple(e for e in free if e not in held), devices - 1, width)
     ]
 
 

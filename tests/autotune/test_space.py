@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from importlib import resources
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from tuned_entries import TUNED, entries_of, tuned_files
@@ -152,6 +154,17 @@ def test_names_of_boards() -> None:
         find_board("NVIDIA_H21")
     with pytest.raises(InputError, match="--device: device x86 is no GPU; hint: vLLM's fused_moe"):
         find_board("x86")
+
+
+def test_every_figure_of_a_board_names_its_source() -> None:
+    path = resources.files("moecc.autotune") / "data" / "boards.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    cited = set()
+    for name, facts in document["boards"].items():
+        figures = [facts] if "device" in facts else [facts[key] for key in facts if key != "target"]
+        assert all(isinstance(figure, dict) for figure in figures), name
+        cited |= {figure["source"] for figure in figures}
+    assert cited == set(document["sources"])
 
 
 @pytest.mark.parametrize(

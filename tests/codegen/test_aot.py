@@ -122,6 +122,7 @@ def expected_instruction(target: str, config: GemmConfig) -> str:
     return large if config.block_m >= 64 else "mma"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", GPU_TARGETS)
 def test_shared_memory_is_predicted_exactly(target):
     """Off the defaults too: tiles, stages and types that a search would try."""

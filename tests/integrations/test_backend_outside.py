@@ -68,7 +68,9 @@ def switch() -> Any:
     return transformers.SwitchTransformersEncoderModel(config)
 
 
-@pytest.mark.parametrize("make", [llama4, dbrx, jetmoe, switch])
+@pytest.mark.parametrize(
+    "make", [llama4, *(pytest.param(make, marks=pytest.mark.slow) for make in (dbrx, jetmoe, switch))]
+)
 def test_a_model_outside_the_interface_computes_what_eager_does(make: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     model, batch = make().eval().requires_grad_(False), tokens_of(2, 5)

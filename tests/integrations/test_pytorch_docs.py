@@ -1,4 +1,4 @@
-"""The example of docs/pytorch.md runs as it stands."""
+"""The examples of README.md and docs/pytorch.md run as they stand."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ if torch.cuda.is_available():
 
 from tiny_models import relative, tiny, tokens_of
 
-DOCS = Path(__file__).parents[2] / "docs" / "pytorch.md"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_the_example_runs_and_its_gradients_are_those_of_eager(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/pytorch.md"])
+def test_the_example_runs_and_its_gradients_are_those_of_eager(page: str, tmp_path: Path) -> None:
     """By inductor, in bf16, on a checkpoint that was written before."""
-    source = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[0]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    source = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     assert len(source.splitlines()) <= 10
     tiny("qwen3_moe").save_pretrained(tmp_path)
     names = {"folder": tmp_path, "tokens": tokens_of(2, 11)}

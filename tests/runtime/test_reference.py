@@ -69,9 +69,8 @@ def test_every_assignment_reaches_one_rank() -> None:
     """Experts with replicas are computed once for every token, by turns."""
     slots = [[0, 1, 2], [2, 3, 4], [4, 5, 0]]
     weights = {"gate_up": torch.arange(6).double(), "gate": torch.zeros(6, 4)}
-    ranks = Ranks.of(
-        {"physical_to_logical_map": [[e for held in slots for e in held]], "devices": 3}, weights
-    )
+    flat = [expert for held in slots for expert in held]
+    ranks = Ranks.of({"physical_to_logical_map": [flat], "devices": 3}, 0, weights)
     ids = torch.tensor([[0, 3], [4, 2], [5, 1], [2, 0], [5, 4]])
     seen = torch.full(ids.shape, -1.0).double()
     used = set()

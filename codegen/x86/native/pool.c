@@ -4,7 +4,8 @@
 enum {
     MAX_WORKERS = 1023,
     CHUNKS_PER_THREAD = 4,      /* each takes a quarter of its share of what is left */
-    WORKER_SPIN_NS = 50000,     /* before a worker sleeps; a launch from Triton follows another within 10 us */
+    WORKER_SPIN_NS = 1000000,   /* before a worker sleeps: launches of a layer lie up to 0.3 ms apart where its weights
+                                   have driven Python out of the caches, and a core that halts is slow to return */
     CALLER_SPIN_NS = 20000,
     LAZY_NS = 8000,             /* a launch that took less last time is not worth a system call */
     MAX_SPINNING_PROGRAMS = 512,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moecc.codegen.config import DType, LayerShape
 from moecc.errors import MoeccError
@@ -187,8 +188,8 @@ def _compiled(experts: ExpertsBlock, router: Router, *, has_router_bias: bool) -
 def _launches(ir: str, x: Tensor) -> tuple[int, ...]:
     counts = [x.shape[0]] if isinstance(x.shape[0], int) else [1, MANY_TOKENS]
     try:
-        return tuple(
-            dict.fromkeys(len(block_launcher(ir, token_bucket(n)).launches_on(x.device, n)) for n in counts)
-        )
+        with _disable_current_modes():  # tuned configs are checked by running them
+            launches = [len(block_launcher(ir, token_bucket(n)).launches_on(x.device, n)) for n in counts]
     except (MoeccError, RuntimeError) as error:
         raise UnmatchedError(f"its layer as a whole has no kernels here: {error}") from None
+    return tuple(dict.fromkeys(launches))
