@@ -29,7 +29,8 @@ def training_configs(shape: LayerShape, target: str, forward: KernelConfigs | No
     """`forward`, by default `default_configs`, with `backward`; always valid.
 
     1. grad_pre and grad_x walk the forward pass's tiles; grad_pre holds gate, up and sums at once, and takes half the
-       columns of a plain GEMM, with 128 rows a quarter: with half of them it spilled on sm_90.
+       columns of a plain GEMM, with 128 rows a quarter and two stages, of interleaved weights an eighth: with more of
+       them it spilled on sm_90, with three stages on sm_80. There grad_x spilled with three stages too.
     2. Gradients of weights are as large as the weights: tiles as large as accumulators fit in registers. A step takes
        the rows that an expert expects, up to 64 on a GPU: more would be padding.
     3. What does not fit the target shrinks as in `default_configs`.
@@ -43,14 +44,26 @@ def training_configs(shape: LayerShape, target: str, forward: KernelConfigs | No
         backward = _interpreter_configs(shape, block_m)
     else:
         backward = BackwardConfigs(
-            grad_pre=gemm_config(
-                shape, limits, block_m, (shape.intermediate, shape.hidden), dots=4 if block_m == 128 else 2
-            ),
-            grad_x=gemm_config(shape, limits, block_m, (shape.hidden, shape.gate_up_columns)),
+            grad_pre=_grad_pre_config(shape, limits, block_m),
+            grad_x=_grad_x_config(shape, limits, block_m),
             grad_gate_up=_weights_config(shape),
             grad_down=_weights_config(shape),
         )
     return _fitted(replace(configs, backward=backward), shape, limits)
+
+
+def _grad_pre_config(shape: LayerShape, target: Target, block_m: int) -> GemmConfig:
+    sizes = (shape.intermediate, shape.hidden)
+    if block_m < 128:
+        return gemm_config(shape, target, block_m, sizes, dots=2)
+    return replace(
+        gemm_config(shape, target, block_m, sizes, dots=8 if shape.interleaved else 4), num_stages=2
+    )
+
+
+def _grad_x_config(shape: LayerShape, target: Target, block_m: int) -> GemmConfig:
+    config = gemm_config(shape, target, block_m, (shape.hidden, shape.gate_up_columns))
+    return config if block_m < 128 or target.wgmma_rows else replace(config, num_stages=2)
 
 
 def _rows_at_once(shape: LayerShape, least: int, most: int) -> int:
