@@ -6,6 +6,7 @@ panels, or, for a few rows of A, read from its own memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ class OuterPlan(VectorPlan):
             lane=shape.lane,
             lanes=self.lanes,
             width=min(shape.n, self.columns * self.lanes),
-            depth=min(shape.k, PANEL_DEPTH),
+            depth=math.gcd(shape.k, PANEL_DEPTH),
         )
 
     @property

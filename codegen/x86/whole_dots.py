@@ -47,7 +47,9 @@ def whole_dots(frame: Frame, loop: Op) -> bool:
     loads = {operand for _, dot in dots for operand in dot.operands[:2]}
     if any(dot_plan(frame, dot).shape.rounds for _, dot in dots):
         return False
-    if not all(_fits(dot_plan(frame, dot, rounds=rounds)) for _, dot in dots):
+    if not all(
+        _divides(frame, dot, rounds) and _fits(dot_plan(frame, dot, rounds=rounds)) for _, dot in dots
+    ):
         return False
     if len(dots) != sum(op.name == "tt.dot" for op in loop.body().ops) or not dots:
         return False
@@ -64,6 +66,12 @@ def whole_dots(frame: Frame, loop: Op) -> bool:
             assert by is not None
             frame.tiles[loop.results[i]] = Shifted(shifts[argument].initial, V(str(rounds * by), "i64"))
     return True
+
+
+def _divides(frame: Frame, dot: Op, rounds: int) -> bool:
+    """Whether all of k is whole steps of any plan: a power of two, as tiles are, or blocks of two vectors."""
+    k = dot.operands[0].type.dims[-1]
+    return rounds & (rounds - 1) == 0 or k % (2 * frame.level.lanes) == 0
 
 
 def _fits(plan: DotPlan) -> bool:

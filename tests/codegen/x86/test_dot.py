@@ -101,6 +101,7 @@ SHAPES = [
     (128, 32, 16),
     (2, 4, 8),
     (64, 8, 512),
+    (16, 32, 384),
     (1, 1, 1),
 ]
 
@@ -115,7 +116,7 @@ def test_bfloat_dot(level: str, size: tuple[int, int, int], over: tuple[Over, Ov
 
 
 @pytest.mark.parametrize("level", supported_levels())
-@pytest.mark.parametrize("size", [(1, 32, 64), (32, 16, 8), (16, 64, 128)], ids=str)
+@pytest.mark.parametrize("size", [(1, 32, 64), (32, 16, 8), (16, 64, 128), (16, 32, 384)], ids=str)
 @pytest.mark.parametrize("element", ["f16", "f32", "f64", "i8", "f8E4M3FN", "f8E5M2"])
 @pytest.mark.parametrize("over", ORIENTATIONS, ids="-".join)
 def test_dot_of_elements(

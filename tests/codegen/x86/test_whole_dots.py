@@ -63,3 +63,15 @@ def test_the_sum_is_that_of_all_blocks(level: str, dtype: torch.dtype, masked: b
     seen = a.double() * ((torch.arange(K) < last) if masked else 1.0)
     torch.testing.assert_close(sums.double(), seen @ b.double().T + 0.5, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(differences.double(), seen @ c.double().T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", supported_levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("depth", "block"), [(384, 128), (48, 16), (24, 8)])
+def test_depths_that_are_no_power_of_two(level: str, dtype: torch.dtype, depth: int, block: int) -> None:
+    a, b, c = (torch.randn(size, depth).to(dtype) for size in (16, N, N))
+    sums, differences = torch.full((2, 16, N), float("nan"))
+    with activated(level):
+        two_products[(1,)](a, b, c, sums, differences, depth, 16, N, depth, block, False, 0.5)
+    torch.testing.assert_close(sums.double(), a.double() @ b.double().T + 0.5, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(differences.double(), a.double() @ c.double().T, rtol=1e-5, atol=1e-4)
