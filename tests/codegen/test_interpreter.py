@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TRAINING_CASES = ("test_layouts[both-bfloat16]", "test_activations[clamped_swiglu]")
 CASES = (
     "test_families[1-deepseek-v3]",
@@ -19,6 +21,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow
 def test_the_kernels_in_the_interpreter():
     """In a process of its own: Triton decides at import whether it interprets."""
     kernels, training = (Path(__file__).with_name(f"test_{name}.py") for name in ("kernels", "training"))

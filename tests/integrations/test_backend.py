@@ -17,7 +17,7 @@ pytest.importorskip("moecc.codegen.x86")
 if torch.cuda.is_available():
     pytest.skip("these run on the CPU, where Triton would be the GPU's", allow_module_level=True)
 
-from tiny_models import FAMILIES, relative, tiny, tokens_of
+from tiny_models import BY_COST, relative, tiny, tokens_of
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
@@ -64,7 +64,7 @@ def assert_same_gradients(model: Any, compiled: Any, batch: torch.Tensor, bound:
             assert relative(found["compiled"][name], expected) < bound, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_COST)
 def test_logits_and_gradients_are_those_of_eager(family: str) -> None:
     model = tiny(family)
     compiled = Compiled(model)
@@ -76,7 +76,7 @@ def test_logits_and_gradients_are_those_of_eager(family: str) -> None:
     assert compiled.op == "moecc.experts.default"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_COST)
 def test_every_block_is_fused(family: str) -> None:
     model = tiny(family)
     found = moecc.explain(model, tokens_of(1, 6))

@@ -17,7 +17,7 @@ if torch.cuda.is_available():
     pytest.skip("these run on the CPU, where Triton would be the GPU's", allow_module_level=True)
 
 from test_backend_rewrite import EXPERTS, HIDDEN, INNER, TOKENS, TOP_K, block
-from tiny_models import FAMILIES, relative, tiny, tokens_of
+from tiny_models import BY_COST, relative, tiny, tokens_of
 
 import moecc
 from moecc.errors import MoeccError
@@ -63,7 +63,7 @@ def fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_COST)
 def test_a_familys_router_is_the_one_of_its_paper(family: str) -> None:
     model = tiny(family).requires_grad_(False)
     found = moecc.explain(model, tokens_of(1, 6), use_cache=False)

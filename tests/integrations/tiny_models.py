@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -77,6 +78,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+# Each stands for a form of experts or of router; the other families are marked slow.
+QUICK = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h")
+BY_COST = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
 def tiny(family: str) -> Any:
