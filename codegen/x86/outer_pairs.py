@@ -19,7 +19,8 @@ from moecc.codegen.x86.pack import row_pointers
 from moecc.codegen.x86.types import BYTES
 
 PANEL_VECTORS = 4
-LEAST_ROWS, MOST_ROWS = 6, 8
+ROWS_BY_FULL_PANEL, ROWS_BY_NARROW_PANEL = 6, 8
+"""Rows of A in one block: 24 sums by the four vectors of a full panel, at most 16 by two or one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,9 @@ class OuterPairsPlan(VectorPlan):
     @property
     def rows(self) -> int:
         """Rows of A in one block."""
-        return min(self.shape.m, LEAST_ROWS if self.columns == PANEL_VECTORS else MOST_ROWS)
+        return min(
+            self.shape.m, ROWS_BY_FULL_PANEL if self.columns == PANEL_VECTORS else ROWS_BY_NARROW_PANEL
+        )
 
     @property
     def skips_rows(self) -> bool:

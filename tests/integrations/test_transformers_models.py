@@ -94,7 +94,7 @@ def test_generate_gives_the_tokens_of_eager(case: Case) -> None:
     torch.testing.assert_close(found["moecc"], found["eager"])
 
 
-def compiled_whole(case: Case, *, dynamic: bool, backend: str = "aot_eager") -> None:
+def assert_compiled_whole(case: Case, *, dynamic: bool, backend: str = "aot_eager") -> None:
     """One graph for one length, or for all of them, with the numbers of eager."""
     torch._dynamo.reset()
     counters.clear()
@@ -118,12 +118,12 @@ def compiled_whole(case: Case, *, dynamic: bool, backend: str = "aot_eager") -> 
 
 
 def test_one_whole_graph(case: Case) -> None:
-    compiled_whole(case, dynamic=False)
+    assert_compiled_whole(case, dynamic=False)
 
 
 @pytest.mark.slow
 def test_one_whole_graph_serves_all_lengths(case: Case) -> None:
-    compiled_whole(case, dynamic=True)
+    assert_compiled_whole(case, dynamic=True)
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_export_keeps_the_experts_as_one_op(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"], indirect=True)
 def test_inductor_compiles_the_graph_whole(case: Case) -> None:
-    compiled_whole(case, dynamic=True, backend="inductor")
+    assert_compiled_whole(case, dynamic=True, backend="inductor")
 
 
 def test_layers_compiled_apart_share_one_graph() -> None:
