@@ -49,15 +49,18 @@ def redis_server() -> Iterator[str]:
 
 @contextlib.contextmanager
 def s3_bucket() -> Iterator[str]:
-    """An S3 server in this process, and a bucket; the variables of AWS point to it meanwhile."""
-    from moto.server import ThreadedMotoServer
+    """An S3 server in this process, and a bucket; the variables of AWS point to it meanwhile.
+
+    One request at a time: moto compares If-Match and stores in two steps, which are one in S3.
+    """
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=False)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -68,7 +71,8 @@ def s3_bucket() -> Iterator[str]:
         try:
             yield "s3://shelf/tuned?timeout_s=60"
         finally:
-            server.stop()
+            server.shutdown()
+            server.server_close()
 
 
 @contextlib.contextmanager
