@@ -25,7 +25,7 @@ def shape(tokens: int, dtype: str = "bfloat16", **sizes: int) -> FusedMoeShape:
     return FusedMoeShape(tokens=tokens, dtype=dtype, **{**known, **sizes})
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     board=st.sampled_from(board_names()),
     dtype=st.sampled_from(sorted(PRECISIONS)),

@@ -33,7 +33,7 @@ GEMM = GemmConfig(block_m=64, block_n=64, block_k=64)
 CONFIGS = KernelConfigs(router=RouterConfig(), gate_up=GEMM, down=GEMM, combine=CombineConfig())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 3),
     experts=st.integers(1, 4),
@@ -49,7 +49,7 @@ def test_tiles_max_is_the_exact_worst_case(tokens, experts, top_k, block_m):
     assert tiles_max(tokens, top_k, experts, block_m) == worst
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     tokens=st.integers(1, 1 << 16),
     hidden=st.integers(1, 1024).map(lambda n: 16 * n),

@@ -86,7 +86,7 @@ PASSES = [
 SEQUENCES = [0, 0, 0, 1, 1, 0, 1, 2, 2, 0, 2, 1]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**16), spare=st.integers(0, 4), k=st.integers(1, 8))
 def test_sglang_tokens_come_back(
     tmp_path_factory: pytest.TempPathFactory, seed: int, spare: int, k: int

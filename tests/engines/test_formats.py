@@ -70,7 +70,7 @@ def held(placement: Placement) -> list[list[set[int]]]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_what_is_written_comes_back(name: str, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     placement, total, moe = data.draw(models(spare=name != "exflow"))

@@ -39,7 +39,7 @@ def routings(draw: st.DrawFn) -> Routing:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(routing=routings(), with_weights=st.booleans())
 def test_what_is_saved_comes_back(routing: Routing, with_weights: bool) -> None:
     import tempfile

@@ -57,7 +57,7 @@ def shapes(draw: st.DrawFn) -> LayerShape:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shapes(), st.integers(1, 4096))
 def test_the_text_holds_all_of_a_layer(shape: LayerShape, tokens: int) -> None:
     text = fused_text(shape)

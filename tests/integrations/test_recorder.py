@@ -187,7 +187,7 @@ def test_too_little_text_is_an_error(tmp_path: Path) -> None:
         read_text_workload([tmp_path], as_bytes, length=4, limit=3)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.text("abcdefghij ", max_size=40), min_size=1, max_size=4),
     length=st.integers(1, 9),

@@ -89,7 +89,7 @@ CASES = st.sampled_from(
 )
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=16)
 @given(case=CASES, budget=st.integers(0, 6), seed=st.integers(0, 2**16))
 def test_small_cases_are_the_best_within_the_budget(case, budget, seed) -> None:
     execution, objective, experts, devices, width, layers, cap = case
@@ -155,7 +155,7 @@ def test_without_a_budget_only_names_change() -> None:
     assert moved_experts(old, named.placement) < moved_experts(old, free.placement)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**16), per_node=st.sampled_from([1, 2, 4]))
 def test_a_renamed_placement_moves_nothing(seed, per_node) -> None:
     rng = np.random.default_rng(seed)
@@ -182,7 +182,7 @@ def test_a_renamed_placement_moves_nothing(seed, per_node) -> None:
         assert getattr(after, figure) == pytest.approx(getattr(before, figure))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**16), size=st.integers(1, 5))
 def test_assignments_are_the_best(seed, size) -> None:
     gains = np.random.default_rng(seed).integers(0, 5, (size, size))
@@ -190,7 +190,7 @@ def test_assignments_are_the_best(seed, size) -> None:
     assert found == max(gains[np.arange(size), list(p)].sum() for p in itertools.permutations(range(size)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**16),
     shapes=st.sampled_from(
@@ -265,7 +265,7 @@ def test_what_makes_no_sense_is_refused(changes, error) -> None:
         larger(rng, **changes)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_the_budget_is_split_best(data) -> None:
     none = np.zeros(0, np.int64)

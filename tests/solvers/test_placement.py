@@ -129,7 +129,7 @@ def small_workloads(draw, experts, layers, top_k):
     ]
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=24)
 @given(st.data())
 def test_home_traffic_equals_brute_force(data):
     experts, devices, width = data.draw(st.sampled_from(SHAPES))
@@ -144,7 +144,7 @@ def test_home_traffic_equals_brute_force(data):
     assert found.bound == pytest.approx(best, rel=1e-9)
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=24)
 @given(st.data())
 def test_load_equals_brute_force(data):
     experts, devices, width = data.draw(st.sampled_from(SHAPES))
@@ -167,7 +167,7 @@ def test_load_equals_brute_force(data):
     assert found.bound == pytest.approx(best, rel=1e-9)
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=16)
 @given(st.data())
 def test_capped_home_traffic_equals_brute_force(data):
     experts, devices, width = data.draw(st.sampled_from([(4, 2, 2), (6, 3, 2), (6, 2, 3), (4, 2, 3)]))
@@ -198,7 +198,7 @@ def test_capped_home_traffic_equals_brute_force(data):
         assert found.objective == pytest.approx(min(allowed), rel=1e-9)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_migrate_traffic_equals_brute_force(data):
     experts, devices, width, layers = data.draw(
@@ -227,7 +227,7 @@ def test_migrate_traffic_equals_brute_force(data):
     assert found.status == "optimal"
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1.1, 1.4]))
 def test_capped_migrate_equals_brute_force(seed, cap):
     rng = np.random.default_rng(seed)

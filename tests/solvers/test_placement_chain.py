@@ -74,7 +74,7 @@ def test_annealing_finds_streams_and_keeps_its_sums(width):
         assert len(set(zip(layer.experts.tolist(), layer.device_of.tolist(), strict=True))) == 8 * width
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([4, 5]), st.sampled_from([7, 8]))
 def test_draws_keep_members_loads_and_holders_in_step(seed, width, devices):
     rng = np.random.default_rng(seed)
@@ -116,7 +116,7 @@ def test_a_capped_search_beats_identity_on_both_hops_and_pairs_and_repeats():
     assert np.array_equal(first.placement.physical_to_logical, second.placement.physical_to_logical)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 3]))
 def test_nodes_join_what_flows_most(seed, size):
     rng = np.random.default_rng(seed)

@@ -87,7 +87,7 @@ def layer_imbalance(problem, held, layer) -> float:
     return max(devices) / np.mean(devices)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_search_counts_what_the_check_counts(seed):
     rng = np.random.default_rng(seed)
@@ -118,7 +118,7 @@ def test_the_search_counts_what_the_check_counts(seed):
     assert least_link_cost(problem) <= own + 1e-12
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_every_swap_costs_what_the_table_says(seed):
     rng = np.random.default_rng(seed)
@@ -138,7 +138,7 @@ def test_every_swap_costs_what_the_table_says(seed):
         assert table.cost == pytest.approx(rows.cost(table.device_of[:-1]), abs=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_small_cases_equal_brute_force(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))

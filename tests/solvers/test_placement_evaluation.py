@@ -71,7 +71,7 @@ def sent_by_hand(used, home, per_node):
 SHAPES = [(4, 2, 2, 7), (4, 1, 4, 5), (6, 3, 1, 4), (6, 2, 2, 5), (3, 3, 4, 6)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.sampled_from(SHAPES),

@@ -30,7 +30,7 @@ def imbalance(placement, loads) -> np.ndarray:
     return np.array(out)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_loads_become_a_placement_that_no_bound_contradicts(data):
     devices, experts = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 16))
@@ -47,7 +47,7 @@ def test_any_loads_become_a_placement_that_no_bound_contradicts(data):
             assert 1 <= lower_bound(table, width) <= combined + 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.sampled_from([(6, 3, 2), (6, 2, 3), (4, 3, 2), (3, 2, 2), (5, 2, 3)]),

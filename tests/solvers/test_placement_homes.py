@@ -52,7 +52,7 @@ def test_copies_by_hand():
     assert matrix[3, 1] == matrix[1, 0] == pytest.approx(1 / 3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 4]))
 def test_random_homes_are_the_mean_over_all_homes(seed, per_node):
     rng = np.random.default_rng(seed)
@@ -193,7 +193,7 @@ def test_short_sequences_cannot_be_sent_by_their_prefix():
         shuffle(placement, [], trace([[[0]]] * 5, 4), "sequence")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
 def test_devices_take_equally_many_tokens(seed):
     rng = np.random.default_rng(seed)

@@ -70,7 +70,7 @@ def all_layers(problem):
     return [o for o in options if len(frozenset().union(*o)) == problem.num_experts]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(problems())
 def test_small_cases_equal_brute_force(problem):
     best = min(imbalance(problem, held) for held in all_layers(problem))
@@ -82,7 +82,7 @@ def test_small_cases_equal_brute_force(problem):
     assert found.certificate.status == "optimal"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_swaps_give_the_peaks_of_a_fresh_count(problem, seed):
     table, rng = layer_loads(problem)[0], np.random.default_rng(seed)

@@ -81,7 +81,7 @@ def all_layers(problem):
     return [o for o in options if len(frozenset().union(*o)) == problem.num_experts]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(problems())
 def test_small_cases_equal_brute_force(problem):
     options = all_layers(problem)
@@ -100,7 +100,7 @@ def test_small_cases_equal_brute_force(problem):
         assert found.certificate.objective == pytest.approx(best, rel=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_swaps_give_the_loads_of_a_fresh_count(problem, seed):
     rng = np.random.default_rng(seed)

@@ -57,7 +57,7 @@ def test_splits_list_every_way_once():
     assert splits(2, 3)[0] == 0b11
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 7))
 def test_square_changes_are_those_of_the_subsets(seed, units):
     rng = np.random.default_rng(seed)
@@ -69,7 +69,7 @@ def test_square_changes_are_those_of_the_subsets(seed, units):
         assert changes[bits] == pytest.approx(squares - shares @ (left**2 + right**2), rel=1e-12, abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_even_pairs_keep_a_placement_and_never_end_worse(data):
     devices, num_experts = data.draw(st.integers(2, 6)), data.draw(st.integers(6, 24))
@@ -134,7 +134,7 @@ def replicated(seed, *, devices=3, num_experts=9, spare=3):
     return rng, table, HomeRows(ids, weight, experts, devices), device_of
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_imbalances_after_a_replacement_equal_recomputation(seed):
     _, table, rows, device_of = replicated(seed)
@@ -148,7 +148,7 @@ def test_imbalances_after_a_replacement_equal_recomputation(seed):
             assert after[row, expert] == pytest.approx(fresh, rel=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_replacements_that_are_open_are_those_that_keep_a_placement(seed):
     _, _, rows, device_of = replicated(seed)
@@ -216,7 +216,7 @@ def test_a_replacement_gains_where_no_swap_does():
     assert gained < before.cost(layer.device_of) - 0.1
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 1000), st.sampled_from([np.inf, 1.3]))
 def test_rounds_of_replacements_never_end_worse(seed, cap):
     routing = assumed_routing("zipf", layers=1, experts=12, top_k=3, tokens=120, seed=seed)

@@ -121,7 +121,7 @@ def disjoint(sets, devices, used):
 BALANCES = ["pooled", "workload", "worst"]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(BALANCES), st.sampled_from([1, 2, 4]))
 def test_the_checker_counts_copies_as_by_hand(seed, balance, per_node):
     rng = np.random.default_rng(seed)
@@ -142,7 +142,7 @@ SHAPES = [(4, 2, 2, 1), (6, 3, 2, 3), (6, 2, 3, 2), (8, 4, 2, 2), (8, 2, 4, 1), 
 """(experts, devices, slots per device, devices per node); the last two have spare slots."""
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_step_equals_brute_force(data):
     experts, devices, width, per_node = data.draw(st.sampled_from(SHAPES))
@@ -182,7 +182,7 @@ def test_step_equals_brute_force(data):
 
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize(("spare", "per_node"), [(0, 4), (0, 2), (1, 2)])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_swap_prices_equal_recomputation(balance, spare, per_node, seed):
     rng = np.random.default_rng(seed)

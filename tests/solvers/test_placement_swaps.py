@@ -35,7 +35,7 @@ def layer(seed, *, kind, spare):
 @pytest.mark.parametrize(
     ("kind", "spare", "exact"), [("home", 0, 1), ("home", 1, 0), ("migrate", 0, 1), ("migrate", 1, 1)]
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_swap_prices_equal_recomputation(kind, spare, exact, seed):
     rng, table, rows, device_of = layer(seed, kind=kind, spare=spare)
@@ -60,7 +60,7 @@ def test_swap_prices_equal_recomputation(kind, spare, exact, seed):
         assert loads.imbalance == pytest.approx(recomputed, rel=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_start_is_always_a_placement(data):
     devices, num_experts = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20))
@@ -76,7 +76,7 @@ def test_a_start_is_always_a_placement(data):
     assert set(experts.tolist()) == set(range(num_experts))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 40),

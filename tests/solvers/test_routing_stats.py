@@ -61,7 +61,7 @@ def test_co_activation_of_independent_choices_is_about_one() -> None:
     assert stats.co_activation == pytest.approx((1.0,) * 4, abs=0.01)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.integers(2, 7))
 def test_against_enumeration_in_plain_python(seed: int, tokens: int, experts: int) -> None:
     k = min(3, experts)

@@ -76,7 +76,7 @@ def random_problem(seed: int, streams: int = 2, tasks: int = 6) -> ScheduleProbl
 
 
 @given(problem=problems())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_brute_force(problem: ScheduleProblem) -> None:
     schedule = solve_schedule(problem)
     check_schedule(problem, schedule)

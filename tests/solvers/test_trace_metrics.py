@@ -80,7 +80,7 @@ def runs(made: Routing) -> list[NDArray[np.int16]]:
     return [made.topk_ids[made.sequence_ids == s] for s in np.unique(made.sequence_ids)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(routings())
 def test_srp_is_the_best_of_all_segment_routers_with_a_threshold(case: tuple[Routing, int]) -> None:
     made, wanted = case
@@ -126,7 +126,7 @@ def simulate(sequences: list[NDArray[np.int16]], m: int, size: int) -> float:
     return 1 - misses / total
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(routings(), st.sampled_from([1.0, 1.5, 2.0]))
 def test_sch_equals_a_plain_simulation(case: tuple[Routing, int], ratio: float) -> None:
     made, wanted = case
